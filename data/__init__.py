@@ -1,0 +1,1 @@
+"""Pixels and captions -> one memory-mapped cache that training reads."""

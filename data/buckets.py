@@ -1,0 +1,39 @@
+"""Which size a picture is trained at, how it gets there, and what SDXL is told about it. Sizes are (height, width), pixels."""
+
+import numpy as np
+from PIL import Image
+
+from data.safe import UserError
+
+MAX_RATIO = 16  # of the sides: beyond it a square crop shows a sliver and says nothing
+
+
+def geometry(size, target, name):
+    """How a picture of `size` covers `target` with the least loss -> (size after resizing, (top, left) of the centre crop).
+
+    Raises UserError naming `name` when it is a sliver.
+    """
+    height, width = size
+    if max(size) > MAX_RATIO * min(size):
+        raise UserError(f"{name}: {width} × {height} pixels is longer than {MAX_RATIO}:1; crop or remove it")
+    scale = max(target[0] / height, target[1] / width)
+    resized = max(target[0], round(height * scale)), max(target[1], round(width * scale))
+    return resized, ((resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2)
+
+
+def resize_and_crop(image, target, name):
+    """RGB picture -> pixels uint8 (H, W, 3) of size `target`."""
+    resized, (top, left) = geometry(image.size[::-1], target, name)
+    if image.size[::-1] != resized:
+        image = image.resize(resized[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(image.crop((left, top, left + target[1], top + target[0])))
+
+
+def time_ids(size, target, name):
+    """SDXL's size conditioning (Podell et al. 2023, section 2.2): six integers, (original size, crop top left, target size).
+
+    The crop offset counts in the resized picture, as in SDXL's training. True values matter: told 1024 for a 300-pixel
+    file, the model learns that blurred is how 1024 looks.
+    """
+    _, top_left = geometry(size, target, name)
+    return (*size, *top_left, *target)

@@ -1,0 +1,135 @@
+"""Every flag of the three commands, once: name, default and meaning on one line. Standard library only.
+
+The names are those of diffusers' training scripts. A flag given to the wrong command is answered with the right one.
+"""
+
+import argparse
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+
+from data.safe import UserError
+
+
+def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
+    """A dataclass field that is also a command-line flag; the bounds are checked before anything is loaded."""
+    return field(default=default, metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above))
+
+
+PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True)
+class Precompute:
+    """python -m data.precompute: pictures and captions -> RUN/cache"""
+
+    output_dir: str = flag(MISSING, "the run's folder; the cache goes to its cache/")
+    pretrained_model_name_or_path: str = flag(MISSING, "SDXL model: a hub id or a local folder in diffusers' layout")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE in place of the model's own")
+    revision: str | None = flag(None, "the model's branch, tag or commit on the hub")
+    variant: str | None = flag(None, "weights variant; default: fp16 where the model has one, unless --mixed_precision no")
+    dataset_name: str | None = flag(None, "a dataset on the hub, or a folder written by datasets' save_to_disk")
+    train_data_dir: str | None = flag(None, "a folder of images with metadata.jsonl, or with a .txt caption beside each")
+    image_column: str = flag("image", "the dataset's column of images")
+    caption_column: str = flag("text", "the dataset's column of captions")
+    max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1)
+    resolution: int = flag(1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64)
+    random_flip: bool = flag(False, "cache each image mirrored as well; training draws one of the two")
+    mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
+
+
+@dataclass(frozen=True)
+class Train:
+    """python -m train: RUN/cache -> RUN/lora.safetensors; run again, it goes on where it stopped"""
+
+    output_dir: str = flag(MISSING, "the run's folder: reads cache/, writes state/, metrics.jsonl and lora.safetensors")
+    train_batch_size: int = flag(1, "images per micro-step", at_least=1)
+    gradient_accumulation_steps: int = flag(4, "micro-steps per optimizer step", at_least=1)
+    max_train_steps: int = flag(500, "optimizer steps in all", at_least=1)
+    learning_rate: float = flag(1e-4, "peak learning rate", above=0)
+    lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
+    lr_warmup_steps: int = flag(0, "steps of linear warm-up (every schedule but constant)", at_least=0)
+    rank: int = flag(32, "rank r of the update B A", at_least=1)
+    lora_alpha: float | None = flag(None, "the update is scaled by alpha / rank; default: the rank", above=0)
+    snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
+    noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
+    proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the model's unconditional embedding", at_least=0, at_most=1)
+    seed: int = flag(42, "all randomness is a function of (seed, step, slot)", at_least=0)
+    mixed_precision: str = flag("fp16", "base weights and activations; LoRA weights are fp32 always", choices=PRECISIONS)
+    gradient_checkpointing: bool = flag(False, "recompute every block's activations: less memory, about a third slower")
+    use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit in place of torch's AdamW")
+    adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
+    checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1)
+
+
+@dataclass(frozen=True)
+class Infer:
+    """python -m infer: base against LoRA from the same noise -> RUN/compare"""
+
+    output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
+    prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
+    base_model: str | None = flag(None, "hub id or folder; default: the model that the run's cache names")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE; default: the one that the run's cache names")
+    lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
+    negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
+    num_inference_steps: int = flag(25, "sampler steps", at_least=1)
+    guidance_scale: float = flag(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
+    lora_scale: float = flag(1.0, "strength of the LoRA; 0 is the base, bit for bit")
+    seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0)
+
+
+COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse prints the whole usage first; the user needs the one line
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(command, argv):
+    """argv -> the command's frozen settings. Raises UserError naming the flag that is unknown, missing or out of bounds."""
+    settings = COMMANDS[command]
+    parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
+    for f in fields(settings):
+        parser.add_argument(f"--{f.name}", **_argument(f))
+    values, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        raise UserError(_unknown(command, word.split("=")[0]))
+    for f in fields(settings):
+        _check(f, getattr(values, f.name))
+    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
+
+
+def _argument(f):
+    default = {} if f.default is MISSING else dict(default=f.default)
+    required = f.default is MISSING
+    if f.type is bool:
+        return dict(action="store_true", help=f.metadata["meaning"])
+    if f.type == tuple[str, ...]:
+        return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
+    kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
+    shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
+    return dict(type=kind, required=required, choices=f.metadata["choices"], help=f.metadata["meaning"].replace("%", "%%") + shown, **default)
+
+
+def _unknown(command, word):
+    owners = [other for other, settings in COMMANDS.items() if word in {f"--{f.name}" for f in fields(settings)}]
+    if owners:
+        return f"{word} is a flag of python -m {owners[0]}, not of python -m {command}"
+    return f"{word}: no such flag of python -m {command} (see --help)"
+
+
+def _check(f, value):
+    if value is None or isinstance(value, (bool, str, list)):
+        return
+    bounds = f.metadata
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"--{f.name} {value}: must be a finite number")
+    if bounds["at_least"] is not None and value < bounds["at_least"]:
+        raise UserError(f"--{f.name} {value}: must be at least {bounds['at_least']}")
+    if bounds["at_most"] is not None and value > bounds["at_most"]:
+        raise UserError(f"--{f.name} {value}: must be at most {bounds['at_most']}")
+    if bounds["above"] is not None and value <= bounds["above"]:
+        raise UserError(f"--{f.name} {value}: must be above {bounds['above']}")

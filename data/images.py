@@ -1,0 +1,58 @@
+"""The bytes of any picture -> upright RGB. Pillow's own convert("RGB") clips 16 bits to white, drops alpha and ignores EXIF."""
+
+import contextlib
+import io
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from data.safe import UserError
+
+MAX_PIXELS = 2**28  # a decompression bomb is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first and refuses at twice as much
+
+
+def read_rgb(data, name):
+    """Decode to a PIL image in mode RGB, turned as its EXIF orientation says, transparency over white.
+
+    16-bit and float images are scaled, not clipped: 16 bits by 65535, floats from their own minimum to maximum. Of an
+    animation, the first frame. Raises UserError naming `name`.
+    """
+    with _opened(data, name) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            return Image.fromarray(_eight_bit(np.asarray(image, np.float64), image.mode)).convert("RGB")
+        if image.mode == "P" or "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+
+
+def upright_size(data, name):
+    """(height, width) that read_rgb will give, from the header alone."""
+    with _opened(data, name) as image:
+        # Pillow turns TIFF files itself and gives their turned size
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _opened(data, name):
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} × {image.height} is more than {MAX_PIXELS:,} pixels")
+            yield image
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name}: not a picture that can be read ({error}); replace or remove it") from None
+
+
+def _eight_bit(pixels, mode):
+    if not np.isfinite(pixels).all():
+        raise ValueError("its pixels are not all finite numbers")
+    if mode == "F":
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / max(high - low, 1e-12)
+    else:
+        pixels = pixels / 65535
+    return np.round(pixels.clip(0, 1) * 255).astype(np.uint8)

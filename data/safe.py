@@ -1,0 +1,147 @@
+"""What every command needs around its work: errors a user can act on, files that are never half written, one run per folder.
+
+Standard library only, so that any layer may import it and a mistyped flag is answered before torch is imported.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input or usage: one line that names the file, row or flag and what to do. Exit code 2."""
+
+    code = 2
+
+
+class MachineError(UserError):
+    """The machine is too small or full (disk, GPU, memory). Exit code 3."""
+
+    code = 3
+
+
+class NumbersError(UserError):
+    """Something that must be finite is not. Exit code 4."""
+
+    code = 4
+
+
+class Stopped(UserError):
+    """Stopped by a signal after everything was saved. Exit code 128 + signal."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.code = 128 + signum
+
+
+def run(main, argv):
+    """Run a command's `main(argv)` and leave the process with the exit code that its outcome has."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it reports optional kernels that nothing here uses
+    try:
+        main(argv)
+    except UserError as error:
+        sys.exit(_report(error, error.code))
+    except KeyboardInterrupt:
+        sys.exit(_report("interrupted; run the same command to go on", 130))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_report(f"the disk refused to write{where}: {error.strerror}; free some space and run the same command", 3))
+
+
+_DISK_ERRORS = {28, 122, 27, 5}  # ENOSPC, EDQUOT, EFBIG, EIO
+
+
+def _report(message, code):
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+class Signals:
+    """Ask a loop to stop: the first SIGINT or SIGTERM is remembered in `received`, a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum, _frame):
+        self.received = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more ends at once", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; after the block it is on disk under its final name, or `path` is untouched."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed; the run's lock says it is dead
+        leftover.unlink()
+    with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make the names in `folder` durable: without it a rename can be undone by a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def run_folder(path):
+    """Create the run's folder and hold it: one command at a time. The lock dies with its owner.
+
+    Raises UserError when `path` is a file, cannot be written, or another command works on it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: not a folder that can be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(f"--output_dir {path}: process {owner} is working here; wait for it or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield path
+
+
+def need_space(folder, needed, what):
+    """Raise MachineError when `folder`'s disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(f"{what} needs {needed / 2**20:.0f} MiB in {folder}, where {free / 2**20:.0f} MiB are free")
+
+
+def sha256_file(path):
+    """Hex sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,136 @@
+"""python -m data.toy.score RUN: what the LoRA learned, in numbers -> RUN/compare/scores.json.
+
+Of the pictures in RUN/compare, base and LoRA alike: `style` (0 is the base style, 1 is ink, both as the VAE shows them),
+`colour` and `subject` (share of pictures that show what the prompt asks for). Of the weights: the mean squared error of
+the noise prediction on ink pictures that were not trained on, the same noise with and without the LoRA. `true` is what
+the same measures say of true pictures, `chance` what guessing would get.
+"""
+
+import argparse
+import json
+import sys
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+
+from data import safe
+from data.cache import read_manifest
+from data.encoders import VAE, TextEncoders
+from data.models import Model, load
+from data.toy.draw import training_scenes
+from data.toy.measure import SubjectClassifier, colour_of, style_scores
+from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
+from lora.files import load as load_lora
+from train import diffusion
+
+HELD_OUT = 64  # pictures for the held-out loss
+HELD_OUT_SEED = 6_000_000
+TRUE_SEED = 6_500_000
+
+
+def held_out_scenes(number):
+    """-> [(scene, seed)] × number: random scenes whose captions are not in the training set."""
+    trained = {scene for scene, _ in training_scenes()}
+    fresh = ((random_scene(seed), seed) for seed in count(HELD_OUT_SEED))
+    return [pair for pair, _ in zip((p for p in fresh if p[0] not in trained), range(number))]
+
+
+def as_pixels(images):
+    """[PIL.Image] -> uint8 (n, H, W, 3)."""
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+
+
+@torch.inference_mode()
+def through_vae(vae, images):
+    """The pictures as the VAE gives them back: what the best of samplers could draw."""
+    reconstructed = []
+    for pixels in as_pixels(images).split(8):
+        output = vae.decode(vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean).sample
+        output = ((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        reconstructed += [Image.fromarray(array) for array in output.numpy()]
+    return reconstructed
+
+
+def picture_scores(images, scenes, style, true, classify):
+    """{"style", "lines", "paper", "colour", "subject"} of pictures that should show `scenes` in `style`.
+
+    true: {"base": …, "ink": …}, true pictures of the same scenes; classify: a SubjectClassifier.
+    """
+    colours = [colour_of(image, scene.subject, scene.place, style) == scene.colour for image, scene in zip(images, scenes)]
+    subjects = [classify(image) == scene.subject for image, scene in zip(images, scenes)]
+    scores = style_scores(images, true["base"], true["ink"]) | {"colour": np.mean(colours), "subject": np.mean(subjects)}
+    return {name: round(float(value), 3) for name, value in scores.items()}
+
+
+@torch.inference_mode()
+def held_out_loss(run, model, vae_model, scaling_factor):
+    """{"base", "lora"}: mean squared error on ink pictures that nothing was trained on, the same noise for both."""
+    scenes = held_out_scenes(HELD_OUT)
+    moments = VAE(vae_model, "no").load("cpu")(as_pixels([render(scene, "ink", seed) for scene, seed in scenes])).float()
+    text, pooled = TextEncoders(model, "no").load("cpu")([caption(scene) for scene, _ in scenes])
+    unet = load(UNet2DConditionModel, model.part("unet"), torch.float32, "cpu")
+    adapters, _ = load_lora(unet, run / "lora.safetensors")
+
+    scheduler = model.part("scheduler").config("scheduler_config.json")
+    signal, predicts = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    x0 = moments[:, 0] * scaling_factor
+    eps = torch.randn(x0.shape, generator=generator)
+    t = torch.linspace(0, len(signal) - 1, HELD_OUT).long()[torch.randperm(HELD_OUT, generator=generator)]
+    time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]]).expand(HELD_OUT, -1)
+    losses = {}
+    for name, scale in (("base", 0.0), ("lora", 1.0)):
+        adapters.set_scale(scale)
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        predicted = unet(diffusion.add_noise(x0, eps, t, signal), t, text, added_cond_kwargs=conditions).sample
+        wanted = diffusion.target(x0, eps, t, signal, predicts)
+        losses[name] = round(diffusion.loss(predicted, wanted, torch.ones(HELD_OUT)).item(), 5)
+    return losses
+
+
+def score(run):
+    """All scores of a run that was trained and compared. -> dict, as scores.json holds it."""
+    folder = run / "compare"
+    if not (folder / "report.json").exists():
+        raise safe.UserError(f"{folder / 'report.json'}: not there; run python -m infer --output_dir {run} first")
+    prompts = json.loads((folder / "report.json").read_text())["prompts"]
+    try:
+        scenes = [parse(prompt) for prompt in prompts]
+    except ValueError as error:
+        raise safe.UserError(f"{folder / 'report.json'}: {error}; only its prompts can be scored") from None
+    manifest = read_manifest(run / "cache")
+    model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
+
+    vae = load(AutoencoderKL, vae_model.part("vae"), torch.float32, "cpu")
+    true = {style: through_vae(vae, [render(s, style, TRUE_SEED + i) for i, s in enumerate(scenes)]) for style in ("base", "ink")}
+    pictures = {name: [Image.open(folder / f"{name}_{i}.png").convert("RGB") for i in range(len(scenes))] for name in ("baseline", "finetuned")}
+    classify = SubjectClassifier()
+    return {
+        "base": picture_scores(pictures["baseline"], scenes, "base", true, classify),
+        "lora": picture_scores(pictures["finetuned"], scenes, "ink", true, classify),
+        "heldout_loss": held_out_loss(run, model, vae_model, manifest["scaling_factor"]),
+        "chance": {"style": 0.0, "colour": round(1 / len(COLOURS), 3), "subject": round(1 / len(SUBJECTS), 3)},
+        "true": {style: picture_scores(true[style], scenes, style, true, classify) for style in ("base", "ink")},
+        "prompts": len(prompts),
+    }
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m data.toy.score", description="score a run of the toy preset")
+    parser.add_argument("run", type=Path, help="the run's folder, after precompute, train and infer")
+    run = parser.parse_args(argv).run
+    scores = score(run)
+    path = run / "compare" / "scores.json"
+    with safe.atomic_write(path, "w") as file:
+        json.dump(scores, file, indent=1)
+    for name in ("base", "lora"):
+        print(name, *(f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")), f"held-out loss {scores['heldout_loss'][name]:.4f}")
+    print(path)
+
+
+if __name__ == "__main__":
+    safe.run(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Base against LoRA: the same prompts from the same noise."""

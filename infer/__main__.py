@@ -1,0 +1,17 @@
+"""python -m infer: flags first, then the seconds it takes to import torch."""
+
+import sys
+
+from data import safe
+from data.flags import parse
+
+
+def main(argv):
+    settings = parse("infer", argv)
+    with safe.run_folder(settings.output_dir) as run:
+        from infer.compare import compare
+
+        compare(settings, run)
+
+
+safe.run(main, sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Base against LoRA: every prompt drawn twice from the same noise -> RUN/compare."""
+
+import json
+import time
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from tqdm import tqdm
+
+from data.cache import read_manifest
+from data.encoders import TextEncoders
+from data.models import Model, load
+from data.safe import atomic_write, sha256_file
+from infer.grid import grid
+from infer.sample import make_pipeline, noise, sample
+from lora.files import load as load_lora
+
+
+def compare(settings, run):
+    """Write baseline_i.png, finetuned_i.png, grid.png and report.json. `settings` is flags.Infer, `run` the run's folder."""
+    model, vae_model, resolution = models(settings, run)
+    lora_path = settings.lora_path or run / "lora.safetensors"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
+
+    embeddings = encode(settings, TextEncoders(model, precision).load(device), model)  # the encoders are freed before the UNet comes
+    torch.cuda.empty_cache()
+    unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
+    adapters, metadata = load_lora(unet, lora_path)
+    made_for, used = metadata.get("ss_sd_model_name"), model.public_name()
+    if made_for != used:
+        print(f"warning: {lora_path} was trained on {made_for}, the base here is {used}")
+    pipeline = make_pipeline(model, unet, vae_model)
+    side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    shape = (unet.config.in_channels, side, side)
+
+    folder = run / "compare"
+    folder.mkdir(exist_ok=True)
+    pictures, seconds = {"base": [], "LoRA": []}, []
+    with tqdm(total=2 * len(settings.prompt), unit="picture", desc="compare") as bar:
+        for i, (prompt, of_prompt) in enumerate(zip(settings.prompt, embeddings)):
+            start = noise(settings.seed, prompt, shape)
+            for label, name, scale in (("base", "baseline", 0.0), ("LoRA", "finetuned", settings.lora_scale)):
+                adapters.set_scale(scale)
+                began = time.perf_counter()
+                picture = sample(pipeline, of_prompt, start, settings.num_inference_steps, settings.guidance_scale)
+                seconds.append(time.perf_counter() - began)
+                pictures[label].append(picture)
+                write_png(picture, folder / f"{name}_{i}.png")
+                bar.update()
+    for name in ("baseline", "finetuned"):  # of an earlier call with more prompts
+        for i in range(len(settings.prompt), 1 + len(list(folder.glob(f"{name}_*.png")))):
+            (folder / f"{name}_{i}.png").unlink(missing_ok=True)
+    write_png(grid(pictures, settings.prompt), folder / "grid.png")
+    report = dict(
+        prompts=settings.prompt,
+        negative_prompt=settings.negative_prompt,
+        base=used,
+        lora=dict(sha256=sha256_file(lora_path), rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
+        seed=settings.seed,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        mean_pixel_change=[difference(*pair) for pair in zip(*pictures.values())],
+        median_s_per_picture=float(np.median(seconds)),
+        peak_gib=torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
+    )
+    with atomic_write(folder / "report.json", "w") as file:
+        json.dump(report, file, indent=1)
+    print(f"{folder / 'grid.png'}: {len(settings.prompt)} prompts, base above, LoRA below")
+
+
+def models(settings, run):
+    """(base, VAE's model, resolution): what the run's cache names, unless a flag does. Resolution None: the model's own."""
+    if settings.base_model and not (run / "cache" / "manifest.json").exists():
+        model, vae, resolution = None, None, None
+    else:
+        manifest = read_manifest(run / "cache")
+        model, vae, resolution = Model(**manifest["model"]), Model(**manifest["vae"]), manifest["resolution"]
+    if settings.base_model:
+        model = vae = Model(settings.base_model, None, "fp16")
+    if settings.pretrained_vae_model_name_or_path:
+        vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16")
+    return model, vae, resolution
+
+
+def encode(settings, encoders, model):
+    """Per prompt: text, pooled, negative text, negative pooled, each with a batch axis of 1, on the CPU."""
+    if settings.negative_prompt is None and model.index().get("force_zeros_for_empty_prompt", True):
+        text, pooled = (torch.zeros_like(e) for e in encoders([""]))
+    else:
+        text, pooled = encoders([settings.negative_prompt or ""])
+    return [[e.cpu() for e in (*encoders([prompt]), text, pooled)] for prompt in settings.prompt]
+
+
+def difference(a, b):
+    """Mean absolute difference of two pictures, 0 to 255."""
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+def write_png(picture, path):
+    with atomic_write(path) as file:
+        picture.save(file, "PNG")

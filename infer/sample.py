@@ -1,0 +1,54 @@
+"""The one sampler: text embeddings and noise -> a picture, through diffusers' StableDiffusionXLPipeline.
+
+Without text encoders, so that the trainer can use it beside a model in training.
+"""
+
+import hashlib
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+from data.models import load
+
+
+def make_pipeline(model, unet, vae_model):
+    """A pipeline around `unet`, with the VAE of `vae_model` and the model's own noise schedule (Euler sampler)."""
+    return StableDiffusionXLPipeline(
+        vae=load(AutoencoderKL, vae_model.part("vae"), unet.dtype, unet.device),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler.from_pretrained(model.part("scheduler").folder),
+        add_watermarker=False,
+    )
+
+
+def noise(seed, prompt, shape):
+    """Standard normal noise (1, *shape) that depends on seed and prompt alone: not on the prompts before, nor the device."""
+    digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.randn((1, *shape), generator=generator)
+
+
+@torch.inference_mode()
+def sample(pipeline, embeddings, latents, steps, guidance):
+    """One picture (PIL) of the size that `latents` (1, 4, h, w) has.
+
+    embeddings: text (1, 77, 2048), pooled (1, 1280) and their negative_ counterparts.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    unet, factor = pipeline.unet, pipeline.vae_scale_factor
+    text, pooled, negative_text, negative_pooled = (e.to(unet.device, unet.dtype) for e in embeddings)
+    return pipeline(
+        prompt_embeds=text,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=negative_text,
+        negative_pooled_prompt_embeds=negative_pooled,
+        latents=latents.to(unet.device, unet.dtype),
+        height=latents.shape[2] * factor,
+        width=latents.shape[3] * factor,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    ).images[0]

@@ -1,0 +1,1 @@
+"""LoRA in three files: the layer (linear), where it goes (inject), how it is stored (files)."""

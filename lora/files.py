@@ -1,0 +1,127 @@
+"""Adapters <-> one .safetensors file that diffusers, ComfyUI, A1111, Forge, sd-scripts and OneTrainer all load.
+
+The keys are kohya's with SGM block names: `lora_unet_` + path, then `.lora_down.weight` (A, rank × in), `.lora_up.weight`
+(B, out × rank) and a 0-dim `.alpha`. Other spellings load in one tool and are ignored, silently, by the others.
+"""
+
+import json
+import math
+import re
+import struct
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from data.safe import UserError, atomic_write
+from lora.inject import inject, targets
+
+_BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
+    "down_blocks": lambda i, j: f"input_blocks.{3 * i + j + 1}.1",
+    "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.1",
+}
+
+
+def key(name):
+    """Name of a layer in diffusers' UNet -> its name in the file.
+
+    >>> key("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0")
+    'lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0'
+    """
+    name = re.sub(r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)", lambda m: _BLOCKS[m[1]](int(m[2]), int(m[3])), name)
+    name = re.sub(r"^mid_block\.attentions\.0", "middle_block.1", name)
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def export(adapters, path, base, resolution, title="lora"):
+    """Write the adapters, fp16, to `path`; the same weights give the same bytes.
+
+    base: the model they were trained on, a hub id or a fingerprint; never a local path. resolution: pixels a side.
+    Raises UserError naming the layer when a weight is not finite, in fp32 or as fp16.
+    """
+    tensors = {}
+    for name, layer in adapters.layers.items():
+        for part, weight in (("lora_down", layer.A), ("lora_up", layer.B)):
+            half = weight.detach().to("cpu", torch.float16).contiguous()
+            if not half.isfinite().all():
+                raise UserError(f"{name}.{part} is not finite in fp16: {path} was not written")
+            tensors[f"{key(name)}.{part}.weight"] = half
+        tensors[f"{key(name)}.alpha"] = torch.tensor(float(adapters.alpha))
+    metadata = {
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": title,
+        "ss_base_model_version": "sdxl_base_v1-0",  # A1111 hides a file whose metadata lacks a name beginning with sdxl_
+        "ss_network_alpha": f"{adapters.alpha:g}",
+        "ss_network_dim": str(adapters.rank),
+        "ss_network_module": "networks.lora",
+        "ss_output_name": title,
+        "ss_sd_model_name": base,
+    }
+    with atomic_write(path) as file:
+        file.write(_with_metadata(save(tensors), metadata))
+
+
+def _with_metadata(blob, metadata):
+    """Put metadata into a safetensors blob. The library's own way writes it in random order: five saves, five checksums."""
+    (size,) = struct.unpack("<Q", blob[:8])
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(blob[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    return struct.pack("<Q", len(text)) + text + blob[8 + size :]
+
+
+def load(unet, path):
+    """Inject the adapters stored in `path` into `unet`. Returns (Adapters, metadata).
+
+    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: not a safetensors file
+    (nothing in a pickle is ever run), keys of another architecture or tool, a missing partner, a wrong shape, several
+    ranks or alphas, numbers that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
+    found = targets(unet)
+    rank, alpha = _check(path, stored, found)
+    adapters = inject(unet, rank, alpha)
+    with torch.no_grad():
+        for name, layer in adapters.layers.items():
+            layer.A.copy_(stored[f"{key(name)}.lora_down.weight"])
+            layer.B.copy_(stored[f"{key(name)}.lora_up.weight"])
+    return adapters, metadata
+
+
+def _check(path, stored, found):
+    """-> (rank, alpha) of a file that fits the layers `found` exactly."""
+    shapes = {}  # key: its shape with -1 for the rank
+    for name, module in found:
+        shapes[f"{key(name)}.lora_down.weight"] = (-1, module.in_features)
+        shapes[f"{key(name)}.lora_up.weight"] = (module.out_features, -1)
+        shapes[f"{key(name)}.alpha"] = ()
+    if foreign := sorted(set(stored) - set(shapes)):
+        raise UserError(f"{path}: {foreign[0]} and {len(foreign) - 1} more keys fit no attention projection of this UNet")
+    if missing := sorted(set(shapes) - set(stored)):
+        raise UserError(f"{path}: {missing[0]} and {len(missing) - 1} more are missing")
+    ranks, alphas = set(), set()
+    for name, shape in shapes.items():
+        tensor = stored[name]
+        if tensor.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, tensor.shape)):
+            wanted = " × ".join("rank" if n == -1 else str(n) for n in shape) or "a number"
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, this UNet wants {wanted}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds something that is not a finite number")
+        ranks.update(got for want, got in zip(shape, tensor.shape) if want == -1)
+        if shape == ():
+            alphas.add(tensor.item())
+    if len(ranks) > 1 or len(alphas) > 1:
+        raise UserError(f"{path}: ranks {sorted(ranks)} and alphas {sorted(alphas)}; one of each can be loaded")
+    (rank,), (alpha,) = ranks, alphas
+    if rank < 1 or math.isclose(alpha, 0):
+        raise UserError(f"{path}: rank {rank} with alpha {alpha} has no effect")
+    return rank, alpha

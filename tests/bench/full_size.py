@@ -1,0 +1,189 @@
+"""The whole line at SDXL's full size with random weights, under the memory of a T4: python -m tests.bench.full_size OUT
+
+Makes a pipeline of SDXL's exact shapes (UNet 2,567,463,684 parameters, both CLIPs, VAE; fp16) and 16 pictures in OUT/work,
+then runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds per step,
+images/s of precompute, peak reserved GiB of each stage, and the cosine of the fp16 LoRA gradient with an fp32 one.
+`--toy` does the same with the small pipeline, for a machine without a GPU.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+T4_GIB = 14.56  # what a 16 GB T4 has left for a program
+TOY = Path(__file__).parents[2] / "data/toy/pipeline"
+
+UNET = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=1024,
+    scaling_factor=0.13025,
+    force_upcast=False,  # as the fp16-fix VAE has it
+)
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, hidden_act="quick_gelu")
+CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu")
+
+# Runs a command under the cap and leaves the peak behind. argv: cap in GiB (0: none), file for the peak, module, its flags
+CAPPED = """
+import atexit, json, pathlib, runpy, sys, torch
+cap, out, module = float(sys.argv[1]), sys.argv[2], sys.argv[3]
+if torch.cuda.is_available():
+    if cap:
+        torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    atexit.register(lambda: pathlib.Path(out).write_text(json.dumps(torch.cuda.max_memory_reserved() / 2**30)))
+sys.argv = sys.argv[3:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def make_pipeline(folder, device):
+    """A full-size SDXL with random fp16 weights, in diffusers' layout with fp16 variant names; the toy's tokenizers."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    ids = {k: v for k, v in json.loads((TOY / "text_encoder/config.json").read_text()).items() if k.endswith("_token_id")}
+    clip = partial(CLIPTextConfig, vocab_size=49408, max_position_embeddings=77, **ids)
+    parts = {
+        "unet": lambda: UNet2DConditionModel(**UNET),
+        "vae": lambda: AutoencoderKL(**VAE),
+        "text_encoder": lambda: CLIPTextModel(clip(**CLIP_L)),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(clip(**CLIP_G)),
+    }
+    for name, build in parts.items():
+        with torch.device(device):
+            model = build().half()
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {count:,} parameters")
+        assert name != "unet" or count == 2_567_463_684
+        model.save_pretrained(folder / name, variant="fp16")
+
+
+def make_pictures(folder, count, side):
+    """Smooth random pictures with captions, larger than the training size."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with open(folder / "metadata.jsonl", "w") as metadata:
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8))
+            small.resize((side * 5 // 4, side), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+            metadata.write(json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"}) + "\n")
+
+
+def command(work, cap, module, *flags):
+    """Run python -m module under the cap. -> (what it printed, seconds, peak GiB or None)"""
+    peak = work / "peak.json"
+    peak.unlink(missing_ok=True)
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", CAPPED, str(cap), str(peak), module, *map(str, flags)], check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    return done.stdout, time.perf_counter() - began, json.loads(peak.read_text()) if peak.exists() else None
+
+
+def gradient_cosine(pipeline, cache, device):
+    """Cosine of the LoRA gradient in fp16 (autocast, scaled loss) with that in fp32, B not zero, on one micro-batch."""
+    from diffusers import UNet2DConditionModel
+
+    from data.cache import Cache
+    from data.flags import parse
+    from data.models import Model, load
+    from lora.inject import inject
+    from train import diffusion
+    from train.loop import draw
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cache = Cache(cache)
+    settings = parse("train", ["--output_dir", "unused"])
+    model = Model(pipeline, variant="fp16")
+    signal = diffusion.noise_schedule(model.part("scheduler").config("scheduler_config.json"))
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
+        adapters = inject(unet, settings.rank, settings.rank, settings.seed)
+        with torch.no_grad():
+            for layer in adapters.layers.values():
+                layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+        batch = {name: part.to(device) for name, part in draw(cache, settings, signal, 0, 0).items()}
+        xt = diffusion.add_noise(batch["x0"], batch["eps"], batch["t"], signal.to(device))
+        with torch.autocast(device.type, torch.float16, enabled=dtype == torch.float16):
+            cond = dict(text_embeds=batch["pooled"].to(dtype), time_ids=batch["time_ids"])
+            prediction = unet(xt, batch["t"], batch["text"].to(dtype), added_cond_kwargs=cond).sample
+        loss = diffusion.loss(prediction, batch["eps"], 1.0)
+        (loss * (65536 if dtype == torch.float16 else 1)).backward()
+        gradients.append(adapters.vector.grad.double())
+        print(f"{dtype}: loss {loss.item():.6f}, gradient norm {gradients[-1].norm().item():.4g}")
+        del unet, adapters
+    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--toy", action="store_true", help="the small pipeline, few steps")
+    parser.add_argument("--work", type=Path, help="where pipeline and runs go; default OUT/work")
+    args = parser.parse_args()
+    work = args.work or args.out / "work"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline, resolution, steps, precision = (TOY, 128, 3, "no") if args.toy else (work / "pipeline", 1024, 20, "fp16")
+    results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    if not args.toy:
+        make_pipeline(pipeline, device)
+    make_pictures(work / "pictures", 16, resolution * 5 // 4)
+    results["seconds_to_make"] = time.perf_counter() - began
+
+    run = work / "run"
+    printed, seconds, peak = command(
+        work, T4_GIB, "data.precompute", "--output_dir", run, "--pretrained_model_name_or_path", pipeline,
+        "--train_data_dir", work / "pictures", "--resolution", resolution, "--mixed_precision", precision,
+    )  # fmt: skip
+    results["precompute"] = dict(images_per_s=float(re.search(r"([\d.]+) images/s", printed)[1]), seconds_with_imports=seconds, peak_reserved_gib=peak)
+    for name, extra in (("nothing recomputed", []), ("every block recomputed", ["--gradient_checkpointing"])):
+        shutil.copytree(run / "cache", work / name / "cache")
+        _, seconds, peak = command(
+            work, T4_GIB, "train", "--output_dir", work / name, "--max_train_steps", steps, "--rank", 32, "--use_8bit_adam",
+            "--mixed_precision", precision, *extra,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in open(work / name / "metrics.jsonl")]
+        later = [line["s_per_step"] for line in lines[len(lines) // 2 :]]
+        results[name] = dict(s_per_step=statistics.median(later), micro_batches_per_step=4, peak_reserved_gib=peak, seconds_with_imports=seconds, loss=lines[-1]["loss"])
+    _, seconds, peak = command(work, T4_GIB, "infer", "--output_dir", work / "nothing recomputed", "--prompt", "a red house in the forest")
+    report = json.loads((work / "nothing recomputed/compare/report.json").read_text())
+    results["compare"] = dict(s_per_picture=report["median_s_per_picture"], peak_reserved_gib=peak, seconds_with_imports=seconds)
+    results["gradient_cosine_fp16_to_fp32"] = gradient_cosine(str(pipeline), run / "cache", device)
+    (args.out / "full_size.json").write_text(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What several tests share: the toy's small SDXL, full SDXL without memory, the real commands, and one finished run."""
+
+import copy
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every command: the tensors are small, and threads only wait for each other
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_datasets = tempfile.TemporaryDirectory()  # goes when the session does
+os.environ["HF_DATASETS_CACHE"] = _datasets.name
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from data import flags, safe
+from lora.inject import inject
+
+tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
+
+ROOT = Path(__file__).resolve().parent.parent
+PIPELINE = ROOT / "data" / "toy" / "pipeline"
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+# ---- Models
+
+
+@pytest.fixture(scope="session")
+def _toy_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(PIPELINE / "unet", dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def unet(_toy_unet):
+    """A fresh copy of the toy's UNet, fp32."""
+    return copy.deepcopy(_toy_unet)
+
+
+def sdxl_unet():
+    """SDXL base 1.0's UNet without its memory, from its published configuration."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def unet_inputs(batch=2, side=8, seed=0):
+    """Random inputs of the toy's UNet, (positional, keyword)."""
+    g = torch.Generator().manual_seed(seed)
+    xt = torch.randn(batch, 4, side, side, generator=g)
+    t = torch.randint(1000, (batch,), generator=g)
+    text, pooled = torch.randn(batch, 77, 128, generator=g), torch.randn(batch, 64, generator=g)
+    time_ids = torch.tensor([[300, 200, 0, 32, 128, 128]] * batch)
+    return (xt, t, text), dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids))
+
+
+def predict(unet, inputs):
+    args, kwargs = inputs
+    return unet(*args, **kwargs).sample
+
+
+def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05):
+    """Adapters with a B that is not zero, so that the update shows; alpha is not rank, so that a lost factor does too."""
+    adapters = inject(unet, rank, alpha, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for layer in adapters.layers.values():
+            layer.B.copy_(torch.randn(layer.B.shape, generator=g) * size)
+    return adapters
+
+
+# ---- Commands
+
+
+def settings(command, **values):
+    """The command's settings as its flags would give them, its required ones empty where not given."""
+    kind = flags.COMMANDS[command]
+    return kind(**{f.name: "" for f in fields(kind) if f.default is MISSING} | values)
+
+
+def start(*argv, **popen):
+    """python -m argv in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+
+
+def command(*argv, code=0, **popen):
+    """Run python -m argv to its end, hold it to its exit code, and return what it printed."""
+    process = start(*argv, **popen)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}, not {code}:\n{output}"
+    assert "Traceback" not in output, output
+    return output
+
+
+class Forked:
+    """One of the commands in a real process that real signals can hit, forked from this one: no seconds of imports.
+
+    name: "data.precompute", "train" or "infer"; what it prints goes to `log`.
+    """
+
+    def __init__(self, name, argv, log):
+        self.log = Path(log)
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+            safe.run(MAINS[name], [str(word) for word in argv])
+            code = 0
+        except SystemExit as left:
+            code = left.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def send(self, signum):
+        os.kill(self.pid, signum)
+
+    def wait(self, seconds=120):
+        """-> exit code, or minus the signal that ended it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"still running after {seconds} s:\n{self.output}")
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+
+def _precompute(argv):
+    from data.precompute import main
+
+    main(argv)
+
+
+def _train(argv):
+    from train.loop import train
+
+    parsed = flags.parse("train", argv)
+    with safe.run_folder(parsed.output_dir) as run:
+        train(parsed, run)
+
+
+def _infer(argv):
+    from infer.compare import compare
+
+    parsed = flags.parse("infer", argv)
+    with safe.run_folder(parsed.output_dir) as run:
+        compare(parsed, run)
+
+
+MAINS = {"data.precompute": _precompute, "train": _train, "infer": _infer}
+
+
+def here(name, *argv):
+    """One of the commands in this process; what it refuses is raised. Signals are put back as they were."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        MAINS[name]([str(word) for word in argv])
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def when(happened, process, seconds=120):
+    """Wait until happened() is true while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.002)
+
+
+def lines(path):
+    """Whole lines of a file that is being written, 0 while it is not there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+PICTURES = 8
+PRECOMPUTE = ("--pretrained_model_name_or_path", PIPELINE, "--resolution", 64, "--mixed_precision", "no")
+STEPS = 6
+TRAIN = ("--rank", 4, "--lora_alpha", 6, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-2)
+TRAIN += ("--mixed_precision", "no", "--max_train_steps", STEPS, "--checkpointing_steps", 2, "--proportion_empty_prompts", 0.2)
+PROMPTS = ("a red fox in the forest", "a blue bird in the snow")
+TOKEN = "hf_notASecretButASentinel0123456789"
+
+
+@dataclass
+class Run:
+    """A run that went through the real commands, and what they printed."""
+
+    folder: Path
+    pictures: Path
+    precompute: str
+    train: str
+    infer: str
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of pictures with metadata.jsonl: the first of the toy's set."""
+    from data.toy import draw
+
+    folder = tmp_path_factory.mktemp("drawn") / "pictures"
+    full, draw.COUNT = draw.COUNT, PICTURES
+    try:
+        draw.draw_set(folder)
+    finally:
+        draw.COUNT = full
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, pictures):
+    """precompute, train, infer: one small run for all tests that only look."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    env = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
+    return Run(
+        folder,
+        pictures,
+        command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
+        command("train", "--output_dir", folder, *TRAIN, env=env),
+        command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
+    )
+
+
+@pytest.fixture
+def fresh(run, tmp_path):
+    """A new run's folder with the same cache, nothing trained."""
+    folder = tmp_path / "fresh"
+    shutil.copytree(run.folder / "cache", folder / "cache")
+    return folder

@@ -1,0 +1,96 @@
+"""The diffusion half against diffusers' DDPMScheduler, and each formula against what it means."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from data.safe import UserError
+from train import diffusion
+
+SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+CONFIGS = {
+    "sdxl": SDXL,
+    "linear": dict(SDXL, beta_schedule="linear"),
+    "zero terminal snr": dict(SDXL, rescale_betas_zero_snr=True),
+}
+
+
+def example(B=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x0, eps = torch.randn(2, B, 4, 3, 5, generator=g)
+    t = torch.randint(1000, (B,), generator=g)
+    t[:2] = torch.tensor([0, 999])
+    return x0, eps, t
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_noise_and_targets_equal_diffusers(name):
+    """A schedule, a square root or a sign that differs would teach the model another process than its own."""
+    theirs = DDPMScheduler(**CONFIGS[name])
+    signal = diffusion.noise_schedule(CONFIGS[name])
+    x0, eps, t = example()
+    close = dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(signal, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(diffusion.add_noise(x0, eps, t, signal), theirs.add_noise(x0, eps, t), **close)
+    torch.testing.assert_close(diffusion.target(x0, eps, t, signal, "v_prediction"), theirs.get_velocity(x0, eps, t), **close)
+    assert diffusion.target(x0, eps, t, signal, "epsilon") is eps
+
+
+def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise():
+    plain, rescaled = diffusion.noise_schedule(SDXL), diffusion.noise_schedule(CONFIGS["zero terminal snr"])
+    assert rescaled[-1] == 0 and plain[-1] > 0
+    torch.testing.assert_close(rescaled[0], plain[0])
+
+
+@pytest.mark.parametrize("change", [dict(beta_schedule="squaredcos_cap_v2"), dict(trained_betas=[0.1, 0.2])])
+def test_a_schedule_that_is_not_known_is_refused(change):
+    with pytest.raises(UserError, match="noise schedule"):
+        diffusion.noise_schedule({**SDXL, **change})
+
+
+def test_a_prediction_type_that_is_not_known_is_refused():
+    x0, eps, t = example(2)
+    with pytest.raises(UserError, match="sample"):
+        diffusion.target(x0, eps, t, diffusion.noise_schedule(SDXL), "sample")
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(predicts, gamma):
+    """What the paper defines (eq. 7): min(snr, gamma) · |x0 - x̂0|², with x̂0 solved from the prediction, in fp64."""
+    signal = diffusion.noise_schedule(SDXL)
+    x0, eps, t = example()
+    wanted = diffusion.target(x0, eps, t, signal, predicts)
+    guess = wanted + 0.1 * torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    weight = diffusion.loss_weight(t, signal, predicts, gamma)
+
+    a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[t.numpy()].reshape(-1, 1, 1, 1)
+    clean, noise, output = (p.double().numpy() for p in (x0, eps, guess))
+    noisy = a**0.5 * clean + (1 - a) ** 0.5 * noise
+    recovered = (noisy - (1 - a) ** 0.5 * output) / a**0.5 if predicts == "epsilon" else a**0.5 * noisy - (1 - a) ** 0.5 * output
+    errors = ((clean - recovered) ** 2).mean((1, 2, 3)) * np.minimum(a / (1 - a), gamma).ravel()
+    ours = [diffusion.loss(guess[i : i + 1], wanted[i : i + 1], weight[i : i + 1]).item() for i in range(len(t))]
+    np.testing.assert_allclose(ours, errors, rtol=2e-3)
+
+
+def test_without_gamma_every_sample_weighs_one():
+    x0, eps, t = example()
+    assert torch.equal(diffusion.loss_weight(t, diffusion.noise_schedule(SDXL), "epsilon", None), torch.ones(len(t)))
+
+
+def test_loss_is_the_weighted_mean_in_fp32():
+    """Summed in fp16, a picture of 65,536 numbers with an error of 1.5 would overflow."""
+    prediction, wanted = torch.full((2, 4, 128, 128), 300.0).half(), torch.zeros(2, 4, 128, 128).half()
+    assert diffusion.loss(prediction, wanted, torch.ones(2)).item() == pytest.approx(300.0**2)
+    x = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
+    assert diffusion.loss(x, torch.zeros_like(x), torch.tensor([2.0, 0.5])).item() == pytest.approx((2 * 1 + 0.5 * 9) / 2)
+
+
+def test_posterior_draws_have_the_posteriors_mean_and_deviation():
+    """A frozen mean in place of a draw, or a scaling factor on one of the two alone, would show."""
+    mean, std = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1), torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)
+    noise = torch.randn(100_000, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    draws = diffusion.sample_posterior(mean, std, noise, 0.13025)
+    torch.testing.assert_close(draws.mean(0).view(1, 2, 1, 1), 0.13025 * mean, rtol=0.02, atol=0.002)
+    torch.testing.assert_close(draws.std(0).view(1, 2, 1, 1), 0.13025 * std, rtol=0.02, atol=0)

@@ -1,0 +1,275 @@
+"""The weights file: every tool's keys, the same numbers in diffusers, the same bytes each time, and what is refused."""
+
+import copy
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from conftest import inject_filled, predict, sdxl_unet, unet_inputs
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from data.safe import UserError
+from lora.files import export, key, load
+from lora.inject import targets
+
+# SDXL's transformers in SGM's numbering: block -> (path in diffusers, how many transformer blocks deep).
+SGM = {
+    "input_blocks_4_1": ("down_blocks.1.attentions.0", 2),
+    "input_blocks_5_1": ("down_blocks.1.attentions.1", 2),
+    "input_blocks_7_1": ("down_blocks.2.attentions.0", 10),
+    "input_blocks_8_1": ("down_blocks.2.attentions.1", 10),
+    "middle_block_1": ("mid_block.attentions.0", 10),
+    "output_blocks_0_1": ("up_blocks.0.attentions.0", 10),
+    "output_blocks_1_1": ("up_blocks.0.attentions.1", 10),
+    "output_blocks_2_1": ("up_blocks.0.attentions.2", 10),
+    "output_blocks_3_1": ("up_blocks.1.attentions.0", 2),
+    "output_blocks_4_1": ("up_blocks.1.attentions.1", 2),
+    "output_blocks_5_1": ("up_blocks.1.attentions.2", 2),
+}
+
+
+def sdxl_keys():
+    """{layer in diffusers' UNet: its key}, all 560, written out from the table."""
+    return {
+        f"{path}.transformer_blocks.{depth}.{attention}.{layer}": f"lora_unet_{block}_transformer_blocks_{depth}_{attention}_{layer.replace('.', '_')}"
+        for block, (path, depths) in SGM.items()
+        for depth in range(depths)
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+
+
+@pytest.fixture
+def file(unet, tmp_path):
+    """An exported file with alpha 6 at rank 4, and the adapters it was made from."""
+    adapters = inject_filled(unet)
+    path = tmp_path / "lora.safetensors"
+    export(adapters, path, base="someone/some-model", resolution=1024, title="mine")
+    return path, adapters
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as stored:
+        return stored.metadata()
+
+
+def test_the_560_keys_of_full_sdxl():
+    """A key spelled otherwise is ignored, silently, by ComfyUI, A1111, Forge or sd-scripts."""
+    wanted = sdxl_keys()
+    assert len(wanted) == len(set(wanted.values())) == 560
+    assert {name: key(name) for name, _ in targets(sdxl_unet())} == wanted
+
+
+def test_diffusers_reads_the_keys_of_full_sdxl_back_as_its_own():
+    """diffusers' converter, an independent reading of the same spelling: all 560 layers, none left over."""
+    from diffusers import StableDiffusionXLPipeline
+
+    unet = sdxl_unet()
+    tensors = {}
+    for name, layer in targets(unet):
+        tensors[f"{key(name)}.lora_down.weight"] = torch.zeros(1, layer.in_features)
+        tensors[f"{key(name)}.lora_up.weight"] = torch.zeros(layer.out_features, 1)
+        tensors[f"{key(name)}.alpha"] = torch.tensor(1.0)
+    converted, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)
+    spelled = [name.replace(".processor", "").replace("to_out_lora", "to_out.0_lora") for name in converted]
+    layers = {name.removeprefix("unet.").split("_lora.")[0] for name in spelled}
+    assert layers == {name for name, _ in targets(unet)} and len(converted) == 1120 and len(alphas) == 560
+
+
+def test_what_is_in_the_file(file):
+    """1 + 1 + 1 tensors a layer in fp16, A as lora_down, B as lora_up, alpha as a number without axes."""
+    path, adapters = file
+    stored = load_file(path)
+    assert len(stored) == 3 * len(adapters.layers)
+    for name, layer in adapters.layers.items():
+        assert torch.equal(stored[f"{key(name)}.lora_down.weight"], layer.A.detach().half())
+        assert torch.equal(stored[f"{key(name)}.lora_up.weight"], layer.B.detach().half())
+        assert stored[f"{key(name)}.alpha"].shape == () and stored[f"{key(name)}.alpha"] == 6
+
+
+def test_metadata(file):
+    """The names that A1111, sd-scripts and the model spec look for; nothing that diffusers refuses beside .alpha."""
+    facts = metadata(file[0])
+    assert facts["ss_base_model_version"].startswith("sdxl_")
+    assert facts["ss_network_module"] == "networks.lora"
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("4", "6")
+    assert facts["ss_output_name"] == facts["modelspec.title"] == "mine"
+    assert facts["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert facts["modelspec.resolution"] == "1024x1024"
+    assert facts["modelspec.sai_model_spec"] and facts["modelspec.implementation"]
+    assert "someone/some-model" in facts.values()
+    assert "lora_adapter_metadata" not in facts
+    assert not [name for name in facts if "date" in name or "path" in name or "dir" in name]
+
+
+def test_the_same_weights_give_the_same_bytes(file, tmp_path):
+    """safetensors alone writes metadata in random order: the same run would have another checksum each time."""
+    path, adapters = file
+    for i in range(5):
+        export(adapters, tmp_path / f"{i}.safetensors", base="someone/some-model", resolution=1024, title="mine")
+        assert (tmp_path / f"{i}.safetensors").read_bytes() == path.read_bytes()
+    (size,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    assert (8 + size) % 8 == 0 and list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+def test_loading_gives_the_exported_weights_rank_and_alpha(file, _toy_unet):
+    path, adapters = file
+    again, facts = load(copy.deepcopy(_toy_unet), path)
+    assert (again.rank, again.alpha) == (4, 6) and facts["ss_output_name"] == "mine"
+    for name, layer in adapters.layers.items():
+        assert torch.equal(again.layers[name].A, layer.A.half().float())
+        assert torch.equal(again.layers[name].B, layer.B.half().float())
+    assert again.vector.data_ptr() == next(iter(again.layers.values())).A.data_ptr()
+
+
+@pytest.mark.parametrize("alpha", [4.0, 6.0, 1.0])
+def test_diffusers_loads_the_file_to_the_same_output(alpha, unet, _toy_unet, tmp_path):
+    """At alpha = rank an alpha that the loader does not read would not show; 6 and 1 at rank 4 show it."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    inputs, path = unet_inputs(), tmp_path / "lora.safetensors"
+    export(inject_filled(unet, rank=4, alpha=alpha), path, base="x", resolution=1024)
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline(unet=copy.deepcopy(_toy_unet), scheduler=EulerDiscreteScheduler(), **parts)
+    pipeline.load_lora_weights(path)
+    ours = copy.deepcopy(_toy_unet)
+    load(ours, path)
+    with torch.no_grad():
+        base, theirs, mine = (predict(u, inputs) for u in (_toy_unet, pipeline.unet, ours))
+    assert (mine - base).abs().max() > 1e-2  # the update shows
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
+def test_export_refuses_what_is_not_finite_in_fp16(bad, unet, tmp_path):
+    """1e6 is finite in fp32 and infinite in the file: black pictures for whoever loads it. The old file stays."""
+    adapters, path = inject_filled(unet), tmp_path / "lora.safetensors"
+    path.write_bytes(b"the last good one")
+    name = list(adapters.layers)[3]
+    with torch.no_grad():
+        adapters.layers[name].B[0, 0] = bad
+    with pytest.raises(UserError, match=name):
+        export(adapters, path, base="x", resolution=1024)
+    assert path.read_bytes() == b"the last good one" and len(list(tmp_path.iterdir())) == 1
+
+
+DOWN = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
+UP, ALPHA = DOWN.replace("lora_down", "lora_up"), DOWN.replace("lora_down.weight", "alpha")
+
+
+def damage(name, change):
+    def apply(path):
+        tensors = load_file(path)
+        tensors[name] = change(tensors[name])
+        save_file(tensors, path)
+
+    return apply
+
+
+def remove(name):
+    return lambda path: save_file({n: t for n, t in load_file(path).items() if n != name}, path)
+
+
+def rename_to_diffusers_keys(path):
+    save_file({n.replace("lora_unet_", "unet.").replace("lora_down", "lora_A"): t for n, t in load_file(path).items()}, path)
+
+
+def bytes_of(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def first_value(value):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+REFUSED = {
+    "truncated data": (bytes_of(lambda b: b[:-100]), "not a readable .safetensors"),
+    "truncated header": (bytes_of(lambda b: b[:100]), "not a readable .safetensors"),
+    "empty": (bytes_of(lambda b: b""), "not a readable .safetensors"),
+    "html": (bytes_of(lambda b: b"<!doctype html><html><body>not found</body></html>"), "not a readable .safetensors"),
+    "no down": (remove(DOWN), DOWN),
+    "no up": (remove(UP), UP),
+    "no alpha": (remove(ALPHA), ALPHA),
+    "a key of a text encoder": (lambda p: save_file({**load_file(p), "lora_te1_x.alpha": torch.ones(())}, p), "lora_te1_x.alpha"),
+    "diffusers' keys": (rename_to_diffusers_keys, "unet.input_blocks"),
+    "transposed": (damage(DOWN, lambda t: t.T.contiguous()), DOWN),
+    "wrong width": (damage(UP, lambda t: t[:-1].contiguous()), UP),
+    "wrong axes": (damage(DOWN, lambda t: t[None].contiguous()), DOWN),
+    "NaN": (damage(UP, first_value(torch.nan)), UP),
+    "inf": (damage(DOWN, first_value(torch.inf)), DOWN),
+    "NaN alpha": (damage(ALPHA, first_value(torch.nan)), ALPHA),
+    "integers": (damage(DOWN, lambda t: t.int()), DOWN),
+    "mixed ranks": (lambda p: (damage(DOWN, lambda t: t[:2].contiguous())(p), damage(UP, lambda t: t[:, :2].contiguous())(p)), r"ranks \[2, 4\]"),
+    "up of another rank": (damage(UP, lambda t: t[:, :2].contiguous()), r"ranks \[2, 4\]"),
+    "mixed alphas": (damage(ALPHA, lambda t: t + 1), r"alphas \[6.0, 7.0\]"),
+    "alpha 0": (lambda p: save_file({n: t * 0 if n.endswith("alpha") else t for n, t in load_file(p).items()}, p), "alpha 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_the_unet_stays(case, file, _toy_unet):
+    """diffusers takes most of these without a word; half loaded, they draw garbage."""
+    path, _ = file
+    apply, message = REFUSED[case]
+    apply(path)
+    before = {name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)}
+    with pytest.raises(UserError, match=message) as refusal:
+        load(_toy_unet, path)
+    assert str(path) in str(refusal.value)
+    assert before == {name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_a_missing_file_is_named(_toy_unet, tmp_path):
+    with pytest.raises(UserError, match="nothing.safetensors: no such file"):
+        load(_toy_unet, tmp_path / "nothing.safetensors")
+
+
+def test_no_code_in_a_pickle_runs(_toy_unet, tmp_path):
+    """The classic .pt file that opens a shell, under the name of a safetensors file."""
+
+    class Opens:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    path = tmp_path / "lora.safetensors"
+    for blob in (pickle.dumps(Opens()), None):
+        if blob is None:
+            torch.save({"lora": Opens()}, path)
+        else:
+            path.write_bytes(blob)
+        with pytest.raises(UserError, match="not a readable .safetensors"):
+            load(_toy_unet, path)
+        assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_another_architecture_are_refused(file):
+    """The toy's weights into full SDXL: the keys that fit have other shapes, and many are missing."""
+    with pytest.raises(UserError, match="missing"):
+        load(sdxl_unet(), file[0])
+
+
+def test_metadata_of_another_tool_does_not_matter(file, _toy_unet, tmp_path):
+    """Files without metadata exist; rank and alpha come from the tensors."""
+    path = tmp_path / "bare.safetensors"
+    path.write_bytes(save(load_file(file[0])))
+    adapters, facts = load(copy.deepcopy(_toy_unet), path)
+    assert (adapters.rank, adapters.alpha, facts) == (4, 6, {})
+
+
+def test_fp32_files_load(file, _toy_unet, tmp_path):
+    path = tmp_path / "fp32.safetensors"
+    save_file({n: t.float() for n, t in load_file(file[0]).items()}, path)
+    assert load(copy.deepcopy(_toy_unet), path)[0].rank == 4
+
+
+def test_inject_then_load_is_refused(file, unet):
+    with pytest.raises(UserError, match="adapter already"):
+        load(unet, file[0])  # the fixture injected it

@@ -1,0 +1,134 @@
+"""Flags: what is wrong is named, by one line, before torch is imported."""
+
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+
+import pytest
+from conftest import ROOT
+
+from data.flags import COMMANDS, parse
+from data.safe import UserError
+
+NEEDED = {
+    "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],
+    "train": ["--output_dir", "x"],
+    "infer": ["--prompt", "a cat", "--output_dir", "x"],
+}
+FLAGS = [(command, f) for command, settings in COMMANDS.items() for f in fields(settings)]
+
+
+def number(f):
+    """int or float for a flag with a number, else None."""
+    return next((kind for kind in (int, float) if f.type in (kind, kind | None)), None)
+
+
+def bad_values():
+    """Every (command, flag, value) out of bounds or of another type, from the flags' own declarations."""
+    for command, f in FLAGS:
+        bounds = f.metadata
+        if number(f):
+            yield from ((command, f.name, value) for value in ("ten", "", "1,5"))
+        if number(f) is int:
+            yield command, f.name, "1.5"
+        if number(f) is float:
+            yield from ((command, f.name, value) for value in ("nan", "inf", "-inf"))
+        if bounds["at_least"] is not None:
+            yield command, f.name, str(bounds["at_least"] - 1)
+        if bounds["at_most"] is not None:
+            yield command, f.name, str(bounds["at_most"] + 1)
+        if bounds["above"] is not None:
+            yield command, f.name, str(bounds["above"])
+        if bounds["choices"]:
+            yield command, f.name, "other"
+        if f.type is bool:
+            yield command, f.name, "=yes"
+
+
+@pytest.mark.parametrize("command, name, value", list(bad_values()))
+def test_a_bad_value_names_its_flag(command, name, value):
+    words = [f"--{name}{value}"] if value.startswith("=") else [f"--{name}={value}"]
+    with pytest.raises(UserError, match=rf"--{name}\b"):
+        parse(command, NEEDED[command] + words)
+
+
+@pytest.mark.parametrize("command, f", [(c, f) for c, f in FLAGS if number(f)])
+def test_numbers_that_make_no_sense_are_refused(command, f):
+    """Steps, sizes and shares below zero: each number has a bound, but those where every number means something."""
+    if f.name == "lora_scale":  # -1 is the update's opposite
+        assert parse(command, [*NEEDED[command], "--lora_scale=-1"]).lora_scale == -1
+    else:
+        with pytest.raises(UserError, match=f"--{f.name} -1"):
+            parse(command, [*NEEDED[command], f"--{f.name}=-1"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_commands_flag_is_answered_with_the_right_one(command):
+    own = {f.name for f in fields(COMMANDS[command])}
+    for other, f in FLAGS:
+        if f.name in own:
+            continue
+        owner = next(c for c, g in FLAGS if g.name == f.name)
+        with pytest.raises(UserError, match=rf"^--{f.name} is a flag of python -m {owner}, not of python -m {command}$"):
+            parse(command, [*NEEDED[command], f"--{f.name}", "1"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_and_missing_flags_are_named(command):
+    for word in ("--nonsense", "--nonsense=3", "--output_di", "-q", "stray"):
+        with pytest.raises(UserError, match=word.split("=")[0]):
+            parse(command, [*NEEDED[command], word])
+    for f in fields(COMMANDS[command]):
+        if f.default is MISSING:
+            at = NEEDED[command].index(f"--{f.name}")
+            with pytest.raises(UserError, match=f"--{f.name}"):
+                parse(command, NEEDED[command][:at] + NEEDED[command][at + 2 :])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_those_declared_and_settings_are_frozen(command):
+    settings = parse(command, NEEDED[command])
+    for f in fields(settings):
+        if f.default is not MISSING:
+            assert getattr(settings, f.name) == f.default
+    with pytest.raises(AttributeError):
+        settings.output_dir = "elsewhere"
+
+
+def test_values_arrive_with_their_types():
+    train = parse("train", ["--output_dir", "x", "--rank", "8", "--lora_alpha", "4", "--snr_gamma=5", "--use_8bit_adam", "--learning_rate", "1e-4"])
+    assert (train.rank, train.lora_alpha, train.snr_gamma, train.use_8bit_adam, train.learning_rate) == (8, 4.0, 5.0, True, 1e-4)
+    infer = parse("infer", ["--output_dir", "x", "--prompt", "a cat", "two", "--seed", "3", "--prompt", "dogs"])
+    assert infer.prompt == ("a cat", "two", "dogs")
+
+
+def test_one_name_has_one_meaning():
+    """--seed in two commands is fine; the same name with another type would not be."""
+    for name in {f.name for _, f in FLAGS}:
+        assert len({f.type for _, f in FLAGS if f.name == name}) == 1, name
+
+
+def test_help_lists_every_flag_with_its_default(capsys):
+    for command, settings in COMMANDS.items():
+        with pytest.raises(SystemExit) as left:
+            parse(command, ["--help"])
+        text = capsys.readouterr().out
+        assert left.value.code == 0 and all(f"--{f.name}" in text for f in fields(settings))
+
+
+def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
+    """6 to 9 seconds of imports before "no such flag" is what users of training scripts are used to."""
+    code = (
+        "import runpy, sys\n"
+        "run = sys.argv[1]\n"
+        f"for command in {list(COMMANDS)}:\n"
+        "    sys.argv = [command, '--output_dir', run, '--nonsense']\n"
+        "    try: runpy.run_module(command, run_name='__main__')\n"
+        "    except SystemExit as left: print(left.code)\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n2\n2\n[]\n", done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr
+    assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind

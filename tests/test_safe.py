@@ -1,0 +1,200 @@
+"""Files that are never half written, one run per folder, errors in one line, signals."""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from data import safe
+
+
+def python(code, *argv, **popen):
+    """A process with `code` and without torch: it starts in a tenth of a second."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def wait_for(process, word):
+    assert process.stdout.readline().strip() == word
+
+
+# ---- atomic_write
+
+
+def test_the_file_appears_whole_and_readable(tmp_path):
+    path = tmp_path / "new" / "file"
+    with safe.atomic_write(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole" and os.listdir(path.parent) == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o644  # a temporary file's own 0600 would lock colleagues out
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError):
+        with safe.atomic_write(path) as file:
+            file.write(b"half")
+            1 / 0
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_kill_in_the_middle_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    (tmp_path / ".file2.other").write_bytes(b"not ours")
+    code = "import sys, time; from data.safe import atomic_write\nwith atomic_write(sys.argv[1]) as f: f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
+    process = python(code, path)
+    wait_for(process, "half")
+    process.kill()
+    finish(process)
+    assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 3
+    with safe.atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and sorted(os.listdir(tmp_path)) == [".file2.other", "file"]
+
+
+def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
+    """Renamed first, a power cut leaves an empty file under the final name."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (done.append(name), real(*a))[1])
+    with safe.atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
+
+
+# ---- run_folder
+
+
+def test_a_second_process_is_told_the_first_ones_pid_and_the_lock_dies_with_it(tmp_path):
+    code = "import sys, time; from data.safe import run_folder\nwith run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    first = python(code, tmp_path / "run")
+    wait_for(first, "held")
+    for _ in range(2):  # being refused must not take the owner's name away
+        with pytest.raises(safe.UserError, match=rf"--output_dir .*run: process {first.pid} "):
+            with safe.run_folder(tmp_path / "run"):
+                pass
+    first.kill()
+    finish(first)
+    with safe.run_folder(tmp_path / "run") as run:
+        assert run == tmp_path / "run"
+    with safe.run_folder(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("path", ["file", "file/run"])
+def test_an_output_dir_that_is_a_file_is_refused(path, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(safe.UserError, match="--output_dir .*not a folder"):
+        with safe.run_folder(tmp_path / path):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused():
+    with pytest.raises(safe.UserError, match="--output_dir /proc/run"):
+        with safe.run_folder("/proc/run"):
+            pass
+
+
+# ---- errors and exit codes
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (safe.UserError("row 3:\nbad"), 2),
+        (safe.MachineError("disk"), 3),
+        (safe.NumbersError("loss"), 4),
+        (safe.Stopped(signal.SIGTERM, "stopped"), 143),
+        (safe.Stopped(signal.SIGINT, "stopped"), 130),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 3),
+        (OSError(errno.EFBIG, "File too large"), 3),
+    ],
+)
+def test_every_outcome_has_its_exit_code_and_one_line(error, code, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        safe.run(main, [])
+    captured = capsys.readouterr()
+    assert left.value.code == code
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_bug_keeps_its_traceback():
+    """A file that is not there is no full disk: hidden behind a line about disks, nobody would find it."""
+    with pytest.raises(FileNotFoundError):
+        safe.run(lambda argv: open("/nowhere/at/all"), [])
+
+
+def test_a_full_disk_is_named_with_what_is_needed_and_free(tmp_path):
+    with pytest.raises(safe.MachineError, match=r"the cache needs 1000000000 MiB in .* MiB are free"):
+        safe.need_space(tmp_path, 10**6 * 1000 * 2**20, "the cache")
+    safe.need_space(tmp_path, 1, "the cache")
+
+
+# ---- signals
+
+LOOP = """
+import time
+from data.safe import Signals
+stop = Signals()
+print('ready', flush=True)
+while not stop.received:
+    time.sleep(0.01)
+print('saving', flush=True)
+time.sleep({})
+print('saved', int(stop.received))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_lets_the_work_finish(signum):
+    process = python(LOOP.format(0))
+    wait_for(process, "ready")
+    process.send_signal(signum)
+    code, out, err = finish(process)
+    assert code == 0 and f"saved {int(signum)}" in out
+    assert signum.name in err  # the user hears that it was understood
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_ends_at_once(first, second):
+    process = python(LOOP.format(60))
+    wait_for(process, "ready")
+    process.send_signal(first)
+    wait_for(process, "saving")
+    process.send_signal(second)
+    began = time.monotonic()
+    code, out, _ = finish(process)
+    assert code == -second and "saved" not in out and time.monotonic() - began < 10
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc" * 100_000)
+    assert safe.sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_it_needs_nothing_but_the_standard_library():
+    """A mistyped flag must be answered before the seconds that torch takes."""
+    code = "import sys; before = set(sys.modules); import data.safe, data.flags; print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names | {'data'}])"
+    assert finish(python(code))[:2] == (0, "[]\n")
+    assert Path(safe.__file__).parent == ROOT / "data"

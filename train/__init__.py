@@ -1,0 +1,1 @@
+"""From the cache to LoRA weights. Read diffusion.py, then loop.py."""

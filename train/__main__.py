@@ -1,0 +1,17 @@
+"""python -m train: flags first, then the seconds it takes to import torch."""
+
+import sys
+
+from data import safe
+from data.flags import parse
+
+
+def main(argv):
+    settings = parse("train", argv)
+    with safe.run_folder(settings.output_dir) as run:
+        from train.loop import train
+
+        train(settings, run)
+
+
+safe.run(main, sys.argv[1:])

@@ -1,0 +1,67 @@
+"""READ 3. The diffusion half of the method: pure functions of tensors.
+
+Shapes: B batch, C h w latent channels and size, t timestep, x0 clean latent, xt noisy latent, eps noise.
+"""
+
+import torch
+
+from data.safe import UserError
+
+
+def noise_schedule(config):
+    """Cumulative signal share ᾱ_t = Π_{s ≤ t} (1 - β_s), fp32 (T,), from a model's scheduler config.
+
+    SDXL: "scaled_linear", β from 0.00085 to 0.012 over T = 1000. Raises UserError for a schedule not known here.
+    """
+    T, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    if config.get("trained_betas") is not None or config["beta_schedule"] not in ("scaled_linear", "linear"):
+        raise UserError(f"the model's noise schedule {config['beta_schedule']} is none of scaled_linear, linear")
+    if config["beta_schedule"] == "scaled_linear":
+        betas = torch.linspace(first**0.5, last**0.5, T) ** 2
+    else:
+        betas = torch.linspace(first, last, T)
+    signal = torch.cumprod(1 - betas, dim=0)
+    if config.get("rescale_betas_zero_snr"):
+        # Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last step is pure noise and the first stays
+        root = signal.sqrt()
+        signal = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return signal
+
+
+def sample_posterior(mean, std, noise, scaling_factor):
+    """A draw x0 (B, C, h, w) from the VAE's posterior, in the UNet's scale: not one frozen latent per picture."""
+    return (mean + std * noise) * scaling_factor
+
+
+def add_noise(x0, eps, t, signal):
+    """xt = √ᾱ_t x0 + √(1 - ᾱ_t) eps          DDPM, Ho et al. 2020, eq. 4.  t (B,) integers -> (B, C, h, w)"""
+    a = signal[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+
+def target(x0, eps, t, signal, prediction_type):
+    """What the UNet is to predict: eps, or v = √ᾱ_t eps - √(1 - ᾱ_t) x0 (Salimans & Ho 2022, appendix D)."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "v_prediction":
+        a = signal[t].view(-1, 1, 1, 1)
+        return a.sqrt() * eps - (1 - a).sqrt() * x0
+    raise UserError(f"the model predicts {prediction_type}, which is none of epsilon, v_prediction")
+
+
+def loss_weight(t, signal, prediction_type, snr_gamma):
+    """Weight (B,) of each sample's loss: 1, or with a gamma min-SNR's (Hang et al. 2023, eq. 9).
+
+    snr = ᾱ_t / (1 - ᾱ_t); min(snr, gamma) is divided by snr for eps and by snr + 1 for v, whose squared errors are
+    those factors larger than x0's.
+    """
+    if snr_gamma is None:
+        return torch.ones_like(signal[t])
+    snr = signal[t] / (1 - signal[t])
+    return snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+
+
+def loss(prediction, wanted, weight):
+    """Weighted mean squared error, fp32: mean over each sample's elements, then over the batch."""
+    per_sample = (prediction.float() - wanted.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return (weight * per_sample).mean()

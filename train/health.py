@@ -1,0 +1,28 @@
+"""Whether the numbers of a step are fit to be used."""
+
+import math
+
+from data.safe import NumbersError
+
+MOST_OVERFLOWS = 20  # in a row: the loss scale halves each time, and at 166 it is 0 and the next step writes NaN into the weights
+
+
+class Health:
+    """Counts fp16 overflows; stops the run before numbers that are not finite can reach the weights."""
+
+    def __init__(self, scaler):
+        self.scaler, self.overflows = scaler, 0
+
+    def check(self, where, loss, grad_norm):
+        """One step's loss and gradient norm, floats, before the optimizer uses them; `where` says which step, rows, timesteps.
+
+        A gradient that overflowed fp16 is what GradScaler is for: it skips the step and halves the scale. Raises
+        NumbersError for a loss that is not finite, for a gradient that is not without fp16, and for overflows without end.
+        """
+        if not math.isfinite(loss):
+            raise NumbersError(f"the loss is {loss} at {where()}; the state before it is kept")
+        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+        if self.overflows and not self.scaler.is_enabled():
+            raise NumbersError(f"the gradient is {grad_norm} at {where()}; the state before it is kept")
+        if self.overflows == MOST_OVERFLOWS:
+            raise NumbersError(f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row, last at {where()}; try --mixed_precision bf16 or a lower --learning_rate")

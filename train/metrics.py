@@ -1,0 +1,49 @@
+"""RUN/metrics.jsonl, one JSON object per optimizer step, and the progress bar."""
+
+import json
+import resource
+import time
+
+import torch
+from tqdm import tqdm
+
+from data.safe import atomic_write
+
+
+class Metrics:
+    """Context manager: log(...) once per optimizer step. After a resume the file goes on at the resumed step."""
+
+    def __init__(self, path, step, steps, device):
+        self.device = device
+        if path.exists():  # lines past the state that the run goes on from would stand there twice
+            lines = path.read_text().splitlines(keepends=True)
+            with atomic_write(path, "w") as file:
+                file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        self.file = open(path, "a")
+        self.bar = tqdm(total=steps, initial=step, unit="step", desc="train")
+        self.time = time.perf_counter()
+
+    def log(self, step, images, **numbers):
+        """step: how many are done; images: trained in this one; numbers: what else to record."""
+        now = time.perf_counter()
+        seconds, self.time = now - self.time, now
+        line = dict(step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device))
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "s_per_step", "images_per_s", "peak_gib")}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.file.close()
+
+
+def peak_gib(device):
+    """Most memory held so far, GiB: on a GPU what torch reserved there, else what the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,78 @@
+"""What resume reads: one checksummed file per save, the last two kept, never half written, no pickle.
+
+    RUN/state/000100.state    a safetensors blob (LoRA vector, optimizer state; numbers and settings in its metadata),
+                              then the sha256 of the blob
+"""
+
+import hashlib
+import json
+import struct
+
+import torch
+from safetensors.torch import load, save
+
+from data.safe import UserError, atomic_write
+
+KEPT = 2
+DIGEST = hashlib.sha256().digest_size
+MAY_CHANGE = {"output_dir", "max_train_steps", "checkpointing_steps"}  # between a run and its continuation
+
+
+def save_state(folder, step, adapters, optimizer, scaler, identity):
+    """Write the state after `step` optimizer steps; older ones go once it is safe on disk.
+
+    identity: what a continuation must agree with, {name: plain value}.
+    """
+    tensors, numbers = {"vector": adapters.vector.detach()}, {}
+    for name, value in optimizer.state[adapters.vector].items():
+        kept = tensors if torch.is_tensor(value) else numbers
+        kept[f"optimizer.{name}"] = value
+    facts = dict(step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity)
+    blob = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"state": json.dumps(facts)})
+    with atomic_write(folder / f"{step:06d}.state") as file:
+        file.write(blob)
+        file.write(hashlib.sha256(blob).digest())
+    for old in _files(folder)[KEPT:]:
+        old.unlink()
+
+
+def load_state(folder, adapters, optimizer, scaler, identity):
+    """Put the newest good state back. Returns (its step, its identity), or (0, None) when there is none.
+
+    A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (never silently
+    from 0), or when the settings differ from those of the run.
+    """
+    files = _files(folder)
+    for path in files:
+        blob = path.read_bytes()
+        blob, digest = blob[:-DIGEST], blob[-DIGEST:]
+        if hashlib.sha256(blob).digest() == digest:
+            break
+        print(f"{path}: damaged, going back to the state before it")
+    else:
+        if files:
+            raise UserError(f"{folder}: every state is damaged; move the folder away to start from step 0")
+        return 0, None
+    (size,) = struct.unpack("<Q", blob[:8])
+    facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
+    _same_run(path, facts["identity"], identity)
+    tensors = load(blob)
+    with torch.no_grad():
+        adapters.vector.copy_(tensors.pop("vector"))
+    state = {name.removeprefix("optimizer."): value for name, value in {**tensors, **facts["numbers"]}.items()}
+    if state:
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+    scaler.load_state_dict(facts["scaler"])
+    return facts["step"], facts["identity"]
+
+
+def _same_run(path, there, here):
+    differ = [name for name in sorted(there.keys() | here.keys()) if name not in MAY_CHANGE and there.get(name) != here.get(name)]
+    if differ:
+        pairs = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
+        raise UserError(f"{path}: this run was started with {pairs}; use the same or another --output_dir")
+
+
+def _files(folder):
+    """State files, the newest first."""
+    return sorted(folder.glob("*.state"), reverse=True)
