@@ -107,7 +107,9 @@ def read_manifest(folder):
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}") from None
+        raise UserError(
+            f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}"
+        ) from None
     except ValueError:
         raise UserError(f"{path}: damaged; run python -m data.precompute again") from None
     if manifest.get("version") != VERSION:

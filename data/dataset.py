@@ -1,17 +1,20 @@
-"""Any source of pictures and captions -> a sequence of examples, decoded only when asked for."""
+"""Any source of pictures and captions -> a sequence of examples, each read only when asked for."""
 
+import csv
+import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.images import read_rgb
 from data.safe import UserError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption. `source` is the file's bytes or its path; `name` is what errors call it."""
+    """One picture with its caption. `source` is the file's bytes or its path; `name` is what messages call it."""
 
     name: str
     source: bytes | Path
@@ -28,89 +31,107 @@ class Example:
         return read_rgb(self.data(), self.name)
 
 
-def open_examples(settings):
-    """The examples that the flags name, in their source's order.
+class Examples:
+    """A sequence of Examples over rows: a datasets.Dataset, or a list of dicts whose image is a path."""
 
-    Raises UserError naming the flag, and the columns or splits there are.
-    """
-    if (settings.dataset_name is None) == (settings.train_data_dir is None):
-        raise UserError("give one of --dataset_name and --train_data_dir")
-    if settings.train_data_dir is not None:
-        folder = Path(settings.train_data_dir)
-        if not folder.is_dir():
-            raise UserError(f"--train_data_dir {folder}: no such folder")
-        if not list(folder.glob("metadata.*")):
-            return _text_files(folder)[: settings.max_train_samples]
-    rows = _load(settings)
-    for column in (settings.image_column, settings.caption_column):
-        if column not in rows.column_names:
-            flag = "--image_column" if column == settings.image_column else "--caption_column"
-            raise UserError(f"{flag} {column}: not in the dataset, which has {', '.join(rows.column_names)}")
-    if settings.max_train_samples is not None:
-        rows = rows.select(range(min(settings.max_train_samples, len(rows))))
-    return _Rows(rows, settings.image_column, settings.caption_column)
-
-
-class _Rows:
-    """A datasets.Dataset as a sequence of Examples."""
-
-    def __init__(self, rows, image_column, caption_column):
-        from datasets import Image
-
-        # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
-        self.rows = rows.cast_column(image_column, Image(decode=False))
-        self.image_column, self.caption_column = image_column, caption_column
+    def __init__(self, rows, image_column, caption_column, most):
+        self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
+        self.length = min(len(rows), most or len(rows))
 
     def __len__(self):
-        return len(self.rows)
+        return self.length
 
-    def __getitem__(self, i):
-        row = self.rows[i]
+    def __getitem__(self, number):
+        row = self.rows[number]
         image, caption = row[self.image_column], row[self.caption_column]
-        name = f"row {i}"
         if image is None:
-            raise UserError(f"{name}: no image in column {self.image_column}")
-        if image["path"]:
-            name += f" ({Path(image['path']).name})"
+            raise UserError(f"row {number}: no image in column {self.image_column}")
+        name = f"row {number} ({Path(image['path']).name})" if image["path"] else f"row {number}"
         if not isinstance(caption, str):
             raise UserError(f"{name}: its caption is {caption!r}, not text")
         return Example(name, image["bytes"] or Path(image["path"]), caption)
 
 
-def _load(settings):
-    """The datasets.Dataset: split "train", or the only one."""
+def open_examples(settings):
+    """What the flags name, in its own order.
+
+    Raises UserError naming the flag, and the columns or splits there are.
+    """
+    if (settings.dataset_name is None) == (settings.train_data_dir is None):
+        raise UserError("give one of --dataset_name and --train_data_dir")
+    if settings.dataset_name is not None:
+        flag, image_column = f"--dataset_name {settings.dataset_name}", settings.image_column
+        rows = _dataset(flag, settings.dataset_name, image_column, settings.caption_column)
+    else:
+        flag, image_column = f"--train_data_dir {settings.train_data_dir}", "image"
+        rows = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
+    if not len(rows):
+        raise UserError(f"{flag}: no rows in it")
+    return Examples(rows, image_column, settings.caption_column, settings.max_train_samples)
+
+
+def _dataset(flag, name, image_column, caption_column):
+    """A dataset of the hub, or of save_to_disk: split "train", or the only one. -> rows"""
     import datasets
 
     datasets.disable_progress_bars()
+    saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
     try:
-        if settings.train_data_dir is not None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=settings.train_data_dir, drop_labels=True)
-        elif (Path(settings.dataset_name) / "state.json").is_file() or (Path(settings.dataset_name) / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(settings.dataset_name)
-        else:
-            loaded = datasets.load_dataset(settings.dataset_name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError) as error:
-        where = f"--train_data_dir {settings.train_data_dir}" if settings.train_data_dir else f"--dataset_name {settings.dataset_name}"
-        cause = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(f"{where}: {cause[0] if cause else type(error).__name__}") from None
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise UserError(f"{flag}: {reason or type(error).__name__}") from None
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
-            raise UserError(f"the dataset has no split train, but {', '.join(loaded)}")
-        loaded = loaded.get("train", next(iter(loaded.values())))
-    if not len(loaded):
-        raise UserError("the dataset has no rows")
-    return loaded
+            raise UserError(f"{flag}: no split train, but {', '.join(loaded)}")
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    for which, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column not in loaded.column_names:
+            raise UserError(f"{which} {column}: not in the dataset, which has {', '.join(loaded.column_names)}")
+    if not len(loaded):  # what follows fails on it inside datasets
+        return []
+    # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
+    return loaded.cast_column(image_column, datasets.Image(decode=False))
 
 
-def _text_files(folder):
-    """Images with a caption in a .txt file of the same name."""
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+def _folder(flag, folder, caption_column):
+    """Images with metadata.jsonl or .csv (datasets' image folder), or each with a .txt. -> rows
+
+    Read here and not by `datasets`, which drops a row whose file is missing without a word.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{flag}: no such folder")
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if not jsonl.is_file() and not table.is_file():
+        return [_captioned(path, caption_column) for path in _images(flag, folder)]
+    path = jsonl if jsonl.is_file() else table
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = map(json.loads, filter(str.strip, text.split("\n"))) if path == jsonl else csv.DictReader(io.StringIO(text))
+        for number, line in enumerate(lines):
+            rows.append({"image": dict(path=str(folder / line["file_name"]), bytes=None), caption_column: line[caption_column]})
+    except KeyError as error:
+        column = error.args[0]
+        owner = f"--caption_column {column}" if column == caption_column else column
+        raise UserError(f"{owner}: not in row {number} of {path}, which has {', '.join(map(str, line))}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}, row {len(rows)}: {error}") from None
+    missing = [row["image"]["path"] for row in rows if not Path(row["image"]["path"]).is_file()]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of its files are not there, e.g. {missing[0]}")
+    return rows
+
+
+def _images(flag, folder):
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not images:
-        raise UserError(f"--train_data_dir {folder}: no images in it")
-    examples = []
-    for path in images:
-        text = path.with_suffix(".txt")
-        if not text.is_file():
-            raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
-        examples.append(Example(path.name, path, text.read_text(encoding="utf-8").strip()))
-    return examples
+        raise UserError(f"{flag}: no images in it")
+    return images
+
+
+def _captioned(path, caption_column):
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
+    return {"image": dict(path=str(path), bytes=None), caption_column: text.read_text(encoding="utf-8").strip()}

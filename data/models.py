@@ -92,7 +92,9 @@ class Model:
         try:
             return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=small + patterns))
         except HFValidationError:
-            raise UserError(f"{self.name}: neither a folder here nor a hub id like stabilityai/stable-diffusion-xl-base-1.0") from None
+            raise UserError(
+                f"{self.name}: neither a folder here nor a hub id like stabilityai/stable-diffusion-xl-base-1.0"
+            ) from None
         except OSError as error:  # every network, permission and offline error of huggingface_hub is one
             reason = next(iter(str(error).split("\n")), "")
             raise UserError(f"{self.name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}") from None

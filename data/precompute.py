@@ -83,7 +83,8 @@ def precompute(settings, folder, pool):
     new_captions = {row.caption_key: row.caption for row in rows if row.caption_key not in captions}
     new_pictures = {k: (row.number, mirrored) for row in rows for mirrored, k in enumerate(row.picture_keys) if k not in moments}
     needed = len(new_captions) * captions.row_bytes + len(new_pictures) * moments.row_bytes
-    print(f"{len(rows)} rows: {len(new_pictures)} pictures and {len(new_captions)} captions to encode, {needed / 2**20:.0f} MiB in {folder}", flush=True)
+    todo = f"{len(new_pictures)} pictures and {len(new_captions)} captions to encode"
+    print(f"{len(rows)} rows: {todo}, {needed / 2**20:.0f} MiB in {folder}", flush=True)
     safe.need_space(folder, needed, "the cache")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +98,10 @@ def precompute(settings, folder, pool):
         vae.load(device)
         moments.append(list(new_pictures), encode_pictures(vae, list(new_pictures.values()), examples, size, pool))
 
-    index = [(moments.position(row.picture_keys[0]), moments.position(row.picture_keys[-1]), captions.position(row.caption_key), row.time_ids) for row in rows]
+    places = [
+        [*map(moments.position, (row.picture_keys[0], row.picture_keys[-1])), captions.position(row.caption_key)] for row in rows
+    ]
+    index = np.array([(*place, row.time_ids) for place, row in zip(places, rows)], INDEX)
     manifest = dict(
         model=asdict(model.pinned()),
         vae=asdict(vae_model.pinned()),
@@ -109,9 +113,9 @@ def precompute(settings, folder, pool):
         pooled_shape=texts.pooled_shape,
         unconditional=captions.position(unconditional),
         rows=len(rows),
-        content=hashlib.sha256(repr(rows).encode()).hexdigest(),
+        content=key([(row.caption_key, row.picture_keys, row.time_ids) for row in rows]).hex(),
     )
-    write_index(folder, np.array(index, INDEX), [row.name for row in rows], manifest)
+    write_index(folder, index, [row.name for row in rows], manifest)
 
 
 def key(*made_of):

@@ -43,7 +43,9 @@ class Stopped(UserError):
 
 def run(main, argv):
     """Run a command's `main(argv)` and leave the process with the exit code that its outcome has."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it reports optional kernels that nothing here uses
+    # On import these report optional parts that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         main(argv)
     except UserError as error:

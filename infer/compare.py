@@ -24,7 +24,9 @@ def compare(settings, run):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
-    embeddings = encode(settings, TextEncoders(model, precision).load(device), model)  # the encoders are freed before the UNet comes
+    embeddings = encode(
+        settings, TextEncoders(model, precision).load(device), model
+    )  # the encoders are freed before the UNet comes
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
     adapters, metadata = load_lora(unet, lora_path)

@@ -33,8 +33,8 @@ def key(name):
     return "lora_unet_" + name.replace(".", "_")
 
 
-def export(adapters, path, base, resolution, title="lora"):
-    """Write the adapters, fp16, to `path`; the same weights give the same bytes.
+def export(adapters, path, base, resolution):
+    """Write the adapters, fp16, to `path` (a Path); the same weights under the same file name give the same bytes.
 
     base: the model they were trained on, a hub id or a fingerprint; never a local path. resolution: pixels a side.
     Raises UserError naming the layer when a weight is not finite, in fp32 or as fp16.
@@ -52,12 +52,12 @@ def export(adapters, path, base, resolution, title="lora"):
         "modelspec.implementation": "diffusers",
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": title,
+        "modelspec.title": path.stem,
         "ss_base_model_version": "sdxl_base_v1-0",  # A1111 hides a file whose metadata lacks a name beginning with sdxl_
         "ss_network_alpha": f"{adapters.alpha:g}",
         "ss_network_dim": str(adapters.rank),
         "ss_network_module": "networks.lora",
-        "ss_output_name": title,
+        "ss_output_name": path.stem,
         "ss_sd_model_name": base,
     }
     with atomic_write(path) as file:

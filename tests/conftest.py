@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import MISSING, dataclass, fields
@@ -25,7 +26,10 @@ from tqdm import tqdm
 from data import flags, safe
 from lora.inject import inject
 
-tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
+# Forked below: tqdm's own lock is shared between processes, and one that is killed while it holds it stops all others.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
@@ -121,6 +125,13 @@ def command(*argv, code=0, **popen):
     return output
 
 
+def one_line_error(output):
+    """The line of a command that was refused: the last one, and the only one that says so."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and output.splitlines()[-1] == errors[0], output
+    return errors[0]
+
+
 class Forked:
     """One of the commands in a real process that real signals can hit, forked from this one: no seconds of imports.
 
@@ -202,10 +213,12 @@ def here(name, *argv):
 
 
 def when(happened, process, seconds=120):
-    """Wait until happened() is true while the process runs."""
+    """Wait until happened() is true; a process that does not get there is ended."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
+        if time.monotonic() > deadline:
+            os.kill(process.pid, signal.SIGKILL)
+            raise AssertionError(f"not in {seconds} s")
         time.sleep(0.002)
 
 

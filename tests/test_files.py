@@ -46,8 +46,8 @@ def sdxl_keys():
 def file(unet, tmp_path):
     """An exported file with alpha 6 at rank 4, and the adapters it was made from."""
     adapters = inject_filled(unet)
-    path = tmp_path / "lora.safetensors"
-    export(adapters, path, base="someone/some-model", resolution=1024, title="mine")
+    path = tmp_path / "mine.safetensors"
+    export(adapters, path, base="someone/some-model", resolution=1024)
     return path, adapters
 
 
@@ -109,8 +109,9 @@ def test_the_same_weights_give_the_same_bytes(file, tmp_path):
     """safetensors alone writes metadata in random order: the same run would have another checksum each time."""
     path, adapters = file
     for i in range(5):
-        export(adapters, tmp_path / f"{i}.safetensors", base="someone/some-model", resolution=1024, title="mine")
-        assert (tmp_path / f"{i}.safetensors").read_bytes() == path.read_bytes()
+        other = tmp_path / str(i) / path.name
+        export(adapters, other, base="someone/some-model", resolution=1024)
+        assert other.read_bytes() == path.read_bytes()
     (size,) = struct.unpack("<Q", path.read_bytes()[:8])
     header = json.loads(path.read_bytes()[8 : 8 + size])
     assert (8 + size) % 8 == 0 and list(header["__metadata__"]) == sorted(header["__metadata__"])

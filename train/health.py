@@ -25,4 +25,6 @@ class Health:
         if self.overflows and not self.scaler.is_enabled():
             raise NumbersError(f"the gradient is {grad_norm} at {where()}; the state before it is kept")
         if self.overflows == MOST_OVERFLOWS:
-            raise NumbersError(f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row, last at {where()}; try --mixed_precision bf16 or a lower --learning_rate")
+            raise NumbersError(
+                f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row, last at {where()}; try --mixed_precision bf16 or a lower --learning_rate"
+            )

@@ -41,59 +41,57 @@ def train(settings, run):
     scheduler = base.part("scheduler").config("scheduler_config.json")
     signal, predicts = diffusion.noise_schedule(scheduler).to(device), scheduler["prediction_type"]
     optimizer = make_optimizer(adapters, settings)
-    lr_factor = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.max_train_steps).lr_lambdas[0]
+    lr_factor = learning_rate_schedule(optimizer, settings)
     autocast = partial(torch.autocast, device.type, dtype, enabled=settings.mixed_precision != "no")
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")  # fp16 has no room for small gradients: scale them up
-    health = Health(scaler)
+    # fp16 ends at 6e-8: gradients are computed of a scaled loss, and the scale found by trying
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
+    health, slots = Health(scaler), settings.gradient_accumulation_steps
 
     identity = dict(asdict(settings), base=base.public_name(), cache=cache.manifest["content"])
-    start, before = load_state(run / "state", adapters, optimizer, scaler, identity)
-    if before and before["max_train_steps"] != settings.max_train_steps and not settings.lr_scheduler.startswith("constant"):
-        print(f"--max_train_steps was {before['max_train_steps']}: from here the learning rate follows the new {settings.lr_scheduler} schedule")
+    start = load_state(run / "state", adapters, optimizer, scaler, identity)
     if start >= settings.max_train_steps:
         print(f"{run}: finished, {start} steps are done; a larger --max_train_steps goes on")
 
-    def save(step):
-        save_state(run / "state", step, adapters, optimizer, scaler, identity)
-        export(adapters, run / f"lora-{step:06d}.safetensors", identity["base"], cache.manifest["resolution"], run.name)
+    def micro_step(x0, eps, t, text, pooled, time_ids):
+        """Forward and backward of one micro-batch, added to the adapters' gradient. -> its share of the step's loss"""
+        xt = diffusion.add_noise(x0, eps, t, signal)
+        condition = dict(text_embeds=pooled.to(dtype), time_ids=time_ids)
+        with autocast():
+            prediction = unet(xt, t, text.to(dtype), added_cond_kwargs=condition).sample
+        wanted = diffusion.target(x0, eps, t, signal, predicts)
+        loss = diffusion.loss(prediction, wanted, diffusion.loss_weight(t, signal, predicts, settings.snr_gamma)) / slots
+        scaler.scale(loss).backward()
+        return loss.detach()
 
-    slots, stop = settings.gradient_accumulation_steps, Signals()
+    def save(path):
+        export(adapters, path, identity["base"], cache.manifest["resolution"])
+
+    stop = Signals()
     with Metrics(run / "metrics.jsonl", start, settings.max_train_steps, device) as metrics:
         for step in range(start, settings.max_train_steps):
             lr = settings.learning_rate * lr_factor(step)
             optimizer.param_groups[0]["lr"] = lr
             loss = torch.zeros((), device=device)
-
             for slot in range(slots):
-                batch = {name: part.to(device) for name, part in draw(cache, settings, signal, step, slot).items()}
-                x0, eps, t = batch["x0"], batch["eps"], batch["t"]
-                with autocast():
-                    prediction = unet(
-                        diffusion.add_noise(x0, eps, t, signal),
-                        t,
-                        batch["text"].to(dtype),
-                        added_cond_kwargs=dict(text_embeds=batch["pooled"].to(dtype), time_ids=batch["time_ids"]),
-                    ).sample
-                wanted = diffusion.target(x0, eps, t, signal, predicts)
-                micro = diffusion.loss(prediction, wanted, diffusion.loss_weight(t, signal, predicts, settings.snr_gamma)) / slots
-                scaler.scale(micro).backward()
-                loss += micro.detach()
+                batch = draw(cache, settings, signal, step, slot)
+                loss += micro_step(**{name: part.to(device) for name, part in batch.items()})
 
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_([adapters.vector], settings.max_grad_norm)
-            loss, norm = torch.stack([loss, norm]).tolist()  # the one wait for the device in a step
+            loss, norm = torch.stack([loss, norm]).tolist()  # here Python waits for the device
             health.check(partial(describe, cache, settings, signal, step), loss, norm)
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # not, when the gradient overflowed
             scaler.update()
             adapters.zero_grad()
 
-            done = step + 1
-            metrics.log(done, settings.train_batch_size * slots, loss=loss, lr=lr, grad_norm=norm, loss_scale=scaler.get_scale(), overflows=health.overflows)
+            done, images = step + 1, slots * settings.train_batch_size
+            metrics.log(done, images, loss=loss, lr=lr, grad_norm=norm, loss_scale=scaler.get_scale(), overflows=health.overflows)
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
-                save(done)
+                save_state(run / "state", done, adapters, optimizer, scaler, identity)
+                save(run / f"lora-{done:06d}.safetensors")
             if stop.received and done < settings.max_train_steps:
                 raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")
-    export(adapters, run / "lora.safetensors", identity["base"], cache.manifest["resolution"], run.name)
+    save(run / "lora.safetensors")
 
 
 def draw(cache, settings, signal, step, slot):
@@ -108,7 +106,9 @@ def draw(cache, settings, signal, step, slot):
     empty = torch.rand(B, generator=of("dropout")) < settings.proportion_empty_prompts
     batch = {name: torch.from_numpy(array) for name, array in cache.batch(examples, mirrored.numpy(), empty.numpy()).items()}
     mean, std = batch.pop("mean").float(), batch.pop("std").float()
-    batch["x0"] = diffusion.sample_posterior(mean, std, torch.randn(mean.shape, generator=of("posterior")), cache.manifest["scaling_factor"])
+    batch["x0"] = diffusion.sample_posterior(
+        mean, std, torch.randn(mean.shape, generator=of("posterior")), cache.manifest["scaling_factor"]
+    )
     noise = of("noise")
     eps = torch.randn(mean.shape, generator=noise)
     batch["eps"] = eps + settings.noise_offset * torch.randn(*eps.shape[:2], 1, 1, generator=noise)
@@ -131,6 +131,12 @@ def load_unet(base, cache, dtype, device):
     if unet.config.addition_embed_type != "text_time" or width != has:
         raise UserError(f"{base.name}: its UNet wants text of width {width}, the cache has {has}; an SDXL model is needed")
     return unet
+
+
+def learning_rate_schedule(optimizer, settings):
+    """step -> factor on the learning rate, of the step alone, so that resuming needs no schedule's state."""
+    warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
+    return get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
 
 
 def make_optimizer(adapters, settings):

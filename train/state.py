@@ -1,7 +1,7 @@
 """What resume reads: one checksummed file per save, the last two kept, never half written, no pickle.
 
-    RUN/state/000100.state    a safetensors blob (LoRA vector, optimizer state; numbers and settings in its metadata),
-                              then the sha256 of the blob
+RUN/state/000100.state    a safetensors blob (LoRA vector, optimizer state; numbers and settings in its metadata),
+                          then the sha256 of the blob
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def save_state(folder, step, adapters, optimizer, scaler, identity):
 
 
 def load_state(folder, adapters, optimizer, scaler, identity):
-    """Put the newest good state back. Returns (its step, its identity), or (0, None) when there is none.
+    """Put the newest good state back. Returns how many steps are done, 0 when there is no state.
 
     A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (never silently
     from 0), or when the settings differ from those of the run.
@@ -52,7 +52,7 @@ def load_state(folder, adapters, optimizer, scaler, identity):
     else:
         if files:
             raise UserError(f"{folder}: every state is damaged; move the folder away to start from step 0")
-        return 0, None
+        return 0
     (size,) = struct.unpack("<Q", blob[:8])
     facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
     _same_run(path, facts["identity"], identity)
@@ -63,14 +63,16 @@ def load_state(folder, adapters, optimizer, scaler, identity):
     if state:
         optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
-    return facts["step"], facts["identity"]
+    return facts["step"]
 
 
 def _same_run(path, there, here):
-    differ = [name for name in sorted(there.keys() | here.keys()) if name not in MAY_CHANGE and there.get(name) != here.get(name)]
-    if differ:
-        pairs = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
+    differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    pairs = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ if name not in MAY_CHANGE)
+    if pairs:
         raise UserError(f"{path}: this run was started with {pairs}; use the same or another --output_dir")
+    if "max_train_steps" in differ and not here["lr_scheduler"].startswith("constant"):
+        print(f"--max_train_steps was {there['max_train_steps']}: the learning rate goes on along the new schedule")
 
 
 def _files(folder):

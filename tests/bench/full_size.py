@@ -46,8 +46,22 @@ VAE = dict(
     scaling_factor=0.13025,
     force_upcast=False,  # as the fp16-fix VAE has it
 )
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, hidden_act="quick_gelu")
-CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu")
+CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    projection_dim=768,
+    hidden_act="quick_gelu",
+)
+CLIP_G = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
 
 # Runs a command under the cap and leaves the peak behind. argv: cap in GiB (0: none), file for the peak, module, its flags
 CAPPED = """
@@ -94,7 +108,9 @@ def make_pictures(folder, count, side):
         for i in range(count):
             small = Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8))
             small.resize((side * 5 // 4, side), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-            metadata.write(json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"}) + "\n")
+            metadata.write(
+                json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"}) + "\n"
+            )
 
 
 def command(work, cap, module, *flags):
@@ -102,7 +118,12 @@ def command(work, cap, module, *flags):
     peak = work / "peak.json"
     peak.unlink(missing_ok=True)
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", CAPPED, str(cap), str(peak), module, *map(str, flags)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CAPPED, str(cap), str(peak), module, *map(str, flags)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     print(done.stdout)
     return done.stdout, time.perf_counter() - began, json.loads(peak.read_text()) if peak.exists() else None
 
@@ -152,7 +173,9 @@ def main():
     work = args.work or args.out / "work"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline, resolution, steps, precision = (TOY, 128, 3, "no") if args.toy else (work / "pipeline", 1024, 20, "fp16")
-    results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB)
+    results = dict(
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB
+    )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -164,22 +187,56 @@ def main():
 
     run = work / "run"
     printed, seconds, peak = command(
-        work, T4_GIB, "data.precompute", "--output_dir", run, "--pretrained_model_name_or_path", pipeline,
-        "--train_data_dir", work / "pictures", "--resolution", resolution, "--mixed_precision", precision,
-    )  # fmt: skip
-    results["precompute"] = dict(images_per_s=float(re.search(r"([\d.]+) images/s", printed)[1]), seconds_with_imports=seconds, peak_reserved_gib=peak)
+        work,
+        T4_GIB,
+        "data.precompute",
+        "--output_dir",
+        run,
+        "--pretrained_model_name_or_path",
+        pipeline,
+        "--train_data_dir",
+        work / "pictures",
+        "--resolution",
+        resolution,
+        "--mixed_precision",
+        precision,
+    )
+    results["precompute"] = dict(
+        images_per_s=float(re.search(r"([\d.]+) images/s", printed)[1]), seconds_with_imports=seconds, peak_reserved_gib=peak
+    )
     for name, extra in (("nothing recomputed", []), ("every block recomputed", ["--gradient_checkpointing"])):
         shutil.copytree(run / "cache", work / name / "cache")
         _, seconds, peak = command(
-            work, T4_GIB, "train", "--output_dir", work / name, "--max_train_steps", steps, "--rank", 32, "--use_8bit_adam",
-            "--mixed_precision", precision, *extra,
-        )  # fmt: skip
+            work,
+            T4_GIB,
+            "train",
+            "--output_dir",
+            work / name,
+            "--max_train_steps",
+            steps,
+            "--rank",
+            32,
+            "--use_8bit_adam",
+            "--mixed_precision",
+            precision,
+            *extra,
+        )
         lines = [json.loads(line) for line in open(work / name / "metrics.jsonl")]
         later = [line["s_per_step"] for line in lines[len(lines) // 2 :]]
-        results[name] = dict(s_per_step=statistics.median(later), micro_batches_per_step=4, peak_reserved_gib=peak, seconds_with_imports=seconds, loss=lines[-1]["loss"])
-    _, seconds, peak = command(work, T4_GIB, "infer", "--output_dir", work / "nothing recomputed", "--prompt", "a red house in the forest")
+        results[name] = dict(
+            s_per_step=statistics.median(later),
+            micro_batches_per_step=4,
+            peak_reserved_gib=peak,
+            seconds_with_imports=seconds,
+            loss=lines[-1]["loss"],
+        )
+    _, seconds, peak = command(
+        work, T4_GIB, "infer", "--output_dir", work / "nothing recomputed", "--prompt", "a red house in the forest"
+    )
     report = json.loads((work / "nothing recomputed/compare/report.json").read_text())
-    results["compare"] = dict(s_per_picture=report["median_s_per_picture"], peak_reserved_gib=peak, seconds_with_imports=seconds)
+    results["compare"] = dict(
+        s_per_picture=report["median_s_per_picture"], peak_reserved_gib=peak, seconds_with_imports=seconds
+    )
     results["gradient_cosine_fp16_to_fp32"] = gradient_cosine(str(pipeline), run / "cache", device)
     (args.out / "full_size.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))

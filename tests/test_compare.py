@@ -1,0 +1,177 @@
+"""Base against LoRA: the same noise, nothing else between the two, and what diffusers' own pipeline draws."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIPELINE, PROMPTS, here, settings
+from PIL import Image
+
+from data.safe import UserError
+from infer.compare import difference, encode, models
+from infer.grid import grid
+from infer.sample import noise
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """The session's run without its pictures."""
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("compare", "state"))
+    return folder
+
+
+def compare(folder, *prompts, **flags):
+    """-> {file name: pixels}"""
+    words = [w for name, value in (dict(num_inference_steps=2) | flags).items() for w in (f"--{name}", value)]
+    here("infer", "--output_dir", folder, "--prompt", *prompts, *words)
+    return pictures(folder)
+
+
+def pictures(folder):
+    return {p.name: np.asarray(Image.open(p)) for p in (folder / "compare").glob("*.png")}
+
+
+def report(folder):
+    return json.loads((folder / "compare" / "report.json").read_text())
+
+
+def same(a, b):
+    return np.array_equal(a, b)
+
+
+def test_the_update_shows_and_the_command_equals_the_function(run, trained):
+    """What python -m infer wrote for the session's run, drawn again here: the same pixels; base and LoRA differ."""
+    again, first = compare(trained, *PROMPTS), pictures(run.folder)
+    assert set(again) == set(first) == {"baseline_0.png", "baseline_1.png", "finetuned_0.png", "finetuned_1.png", "grid.png"}
+    assert all(same(again[name], first[name]) for name in first)
+    assert not same(first["baseline_0.png"], first["finetuned_0.png"])
+    assert not same(first["baseline_0.png"], first["baseline_1.png"])
+    assert first["baseline_0.png"].shape == (64, 64, 3)  # the size the cache was made at
+
+
+def test_other_prompts_beside_it_change_no_pixel(run, trained):
+    """Noise from one generator for all would make every picture depend on the order of the prompts."""
+    first, turned = pictures(run.folder), compare(trained, "something else", *PROMPTS[::-1])
+    for kind in ("baseline", "finetuned"):
+        assert same(turned[f"{kind}_2.png"], first[f"{kind}_0.png"]) and same(turned[f"{kind}_1.png"], first[f"{kind}_1.png"])
+
+
+def test_lora_scale(run, trained):
+    """0 is the base bit for bit; a half is something else than the whole."""
+    zero = compare(trained, PROMPTS[0], lora_scale=0)
+    assert same(zero["baseline_0.png"], zero["finetuned_0.png"]) and report(trained)["mean_pixel_change"] == [0]
+    half = compare(trained, PROMPTS[0], lora_scale=0.5)
+    first = pictures(run.folder)
+    assert same(half["baseline_0.png"], first["baseline_0.png"]) and not same(half["finetuned_0.png"], first["finetuned_0.png"])
+
+
+def test_negative_prompt_seed_and_guidance_change_pictures(run, trained):
+    first = pictures(run.folder)
+    for flags in (dict(negative_prompt="blue"), dict(negative_prompt=""), dict(seed=43), dict(guidance_scale=2)):
+        assert not same(compare(trained, PROMPTS[0], **flags)["baseline_0.png"], first["baseline_0.png"]), flags
+
+
+def test_pictures_equal_diffusers_own_pipeline(run, trained):
+    """The whole of it, prompts to pixels: base plain, LoRA through load_lora_weights, from the same noise."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(PIPELINE, dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    for name in ("baseline", "finetuned"):
+        if name == "finetuned":
+            pipeline.load_lora_weights(run.folder / "lora.safetensors")
+        for i, prompt in enumerate(PROMPTS):
+            start = noise(42, prompt, (4, 8, 8))
+            theirs = pipeline(prompt, latents=start, height=64, width=64, num_inference_steps=2, guidance_scale=5.0).images[0]
+            assert difference(theirs, Image.open(run.folder / "compare" / f"{name}_{i}.png")) < 0.1
+
+
+def test_pictures_of_an_earlier_call_with_more_prompts_go(trained):
+    compare(trained, "one", "two", "three")
+    (trained / "compare" / "notes.png").write_bytes((trained / "compare" / "grid.png").read_bytes())
+    assert set(compare(trained, "one")) == {"baseline_0.png", "finetuned_0.png", "grid.png", "notes.png"}
+
+
+def test_the_report(run):
+    found, first = report(run.folder), pictures(run.folder)
+    changes = [np.abs(first[f"baseline_{i}.png"].astype(float) - first[f"finetuned_{i}.png"]).mean() for i in range(2)]
+    assert found["mean_pixel_change"] == pytest.approx(changes, rel=1e-4)
+    assert found["prompts"] == list(PROMPTS) and found["seed"] == 42 and found["num_inference_steps"] == 2
+    assert (found["lora"]["rank"], found["lora"]["alpha"], found["lora"]["scale"]) == (4, 6, 1)
+    assert found["median_s_per_picture"] > 0
+
+
+def test_noise_is_a_function_of_seed_and_prompt():
+    shape = (4, 16, 16)
+    assert torch.equal(noise(1, "a", shape), noise(1, "a", shape))
+    torch.manual_seed(0)
+    many = torch.cat([noise(s, p, shape) for s in range(3) for p in ("a", "b", "1 a")])
+    assert len({n.sum().item() for n in many}) == 9
+    assert abs(many.mean()) < 0.05 and many.std().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_unconditional_is_the_models_own(zeros, tmp_path):
+    """Zeros where the model's index says so, else the empty prompt; a given negative prompt is always encoded."""
+
+    class Index:
+        def index(self):
+            return dict(force_zeros_for_empty_prompt=zeros)
+
+    def encoders(captions):
+        return torch.full((1, 77, 2), float(len(captions[0]) + 1)), torch.full((1, 3), float(len(captions[0]) + 1))
+
+    (embeddings,) = encode(settings("infer", prompt=("abc",)), encoders, Index())
+    assert [e.unique().item() for e in embeddings] == [4, 4, *([0, 0] if zeros else [1, 1])]
+    (embeddings,) = encode(settings("infer", prompt=("abc",), negative_prompt="ab"), encoders, Index())
+    assert [e.unique().item() for e in embeddings] == [4, 4, 3, 3]
+
+
+def test_base_and_vae_come_from_the_manifest_unless_named(run, tmp_path):
+    def names(folder=run.folder, **flags):
+        model, vae, resolution = models(settings("infer", **flags), folder)
+        return model.name, vae.name, resolution
+
+    assert names() == (str(PIPELINE), str(PIPELINE), 64)
+    assert names(base_model="x") == ("x", "x", 64)
+    assert names(pretrained_vae_model_name_or_path="y") == (str(PIPELINE), "y", 64)
+    assert names(tmp_path, base_model="x", pretrained_vae_model_name_or_path="y") == ("x", "y", None)
+    with pytest.raises(UserError, match="no finished cache here"):
+        names(tmp_path)
+
+
+def test_a_lora_of_another_base_is_said(run, trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(PIPELINE, other)
+    config = other / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    compare(trained, "x", base_model=other)
+    assert "was trained on local-" in capsys.readouterr().out
+    compare(trained, "x")
+    assert "was trained on" not in capsys.readouterr().out
+
+
+def test_a_weights_file_can_be_named(run, trained):
+    earlier = compare(trained, PROMPTS[0], lora_path=run.folder / "lora-000002.safetensors")
+    first = pictures(run.folder)
+    assert same(earlier["baseline_0.png"], first["baseline_0.png"]) and not same(earlier["finetuned_0.png"], first["finetuned_0.png"])
+    with pytest.raises(UserError, match="nothing.safetensors: no such file"):
+        compare(trained, PROMPTS[0], lora_path="nothing.safetensors")
+
+
+def test_the_grid_holds_every_picture_at_its_place():
+    """Base above, LoRA below, in the order of the prompts; more than eight wrap."""
+    colours = [(20 * i, 255 - 20 * i, 7) for i in range(10)]
+    rows = {"base": [Image.new("RGB", (64, 64), c) for c in colours], "LoRA": [Image.new("RGB", (64, 64), (255, 0, c[0])) for c in colours]}
+    found = np.asarray(grid(rows, [f"a long prompt about number {i} " * 3 for i in range(10)]))
+    for label, of in rows.items():
+        places = []
+        for image in of:
+            ys, xs = np.where((found == image.getpixel((0, 0))).all(-1))
+            assert len(ys) >= 256 * 256
+            places.append((ys.min(), xs.min()))
+        assert places == sorted(places) and places[0][0] < places[8][0]
+    assert len(found.shape) == 3

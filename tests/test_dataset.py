@@ -1,0 +1,169 @@
+"""Any source of pictures and captions -> examples; what is missing is named with what there is."""
+
+import json
+
+import pytest
+from conftest import settings
+from PIL import Image
+
+from data.dataset import open_examples
+from data.safe import UserError
+
+
+def write_images(folder, captions, suffix="png"):
+    """Images whose red value is their number. -> their paths"""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:02d}.{suffix}" for i in range(len(captions))]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    return paths
+
+
+def write_metadata(folder, captions, column="text"):
+    rows = [json.dumps({"file_name": p.name, column: c}) + "\n" for p, c in zip(write_images(folder, captions), captions)]
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+def save_dataset(folder, captions, split=None, **columns):
+    import datasets
+
+    paths = write_images(folder.parent / "images", captions)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": [str(p) for p in paths], "text": captions}, features=features)
+    if columns:
+        rows = rows.rename_columns(columns)
+    (datasets.DatasetDict({s: rows for s in split}) if split else rows).save_to_disk(str(folder))
+    return folder
+
+
+def examples(**values):
+    return open_examples(settings("data.precompute", **values))
+
+
+def content(found):
+    return [(e.image().getpixel((0, 0))[0], e.caption) for e in (found[i] for i in range(len(found)))]
+
+
+CAPTIONS = ["a cat", "Ünïcode, \"quotes\"", "three"]
+WANTED = list(enumerate(CAPTIONS))
+
+
+def test_a_folder_with_metadata(tmp_path):
+    found = examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)))
+    assert content(found) == WANTED
+    assert "row 1" in found[1].name and "01.png" in found[1].name  # what an error calls it
+
+
+def test_a_folder_with_text_files(tmp_path):
+    """Also in folders below, in the order of the names, spaces around the caption gone."""
+    paths = write_images(tmp_path / "d", CAPTIONS[:2]) + write_images(tmp_path / "d" / "more", CAPTIONS[2:], "JPG")
+    for path, caption in zip(paths, CAPTIONS):
+        path.with_suffix(".txt").write_text(f" {caption}\n", encoding="utf-8")
+    found = examples(train_data_dir=str(tmp_path / "d"))
+    assert [found[i].caption for i in range(len(found))] == CAPTIONS
+    assert len(examples(train_data_dir=str(tmp_path / "d"), max_train_samples=2)) == 2
+    paths[1].with_suffix(".txt").unlink()
+    with pytest.raises(UserError, match=r"01\.png: no metadata.jsonl in the folder and no 01\.txt beside it"):
+        examples(train_data_dir=str(tmp_path / "d"))
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    assert content(examples(dataset_name=str(save_dataset(tmp_path / "d", CAPTIONS)))) == WANTED
+
+
+def test_the_split_is_train_or_the_only_one(tmp_path):
+    assert content(examples(dataset_name=str(save_dataset(tmp_path / "a", CAPTIONS, split=["test", "train"])))) == WANTED
+    assert content(examples(dataset_name=str(save_dataset(tmp_path / "b", CAPTIONS, split=["all"])))) == WANTED
+    with pytest.raises(UserError, match="no split train, but one, two"):
+        examples(dataset_name=str(save_dataset(tmp_path / "c", CAPTIONS, split=["one", "two"])))
+
+
+def test_other_columns(tmp_path):
+    folder = str(save_dataset(tmp_path / "d", CAPTIONS, image="photo", text="words"))
+    assert content(examples(dataset_name=folder, image_column="photo", caption_column="words")) == WANTED
+    with pytest.raises(UserError, match="--image_column image: not in the dataset, which has photo, words"):
+        examples(dataset_name=folder)
+    with pytest.raises(UserError, match="--caption_column text: not in the dataset, which has photo, words"):
+        examples(dataset_name=folder, image_column="photo")
+
+
+@pytest.mark.parametrize("asked, wanted", [(1, 1), (2, 2), (99, 3)])
+def test_max_train_samples(asked, wanted, tmp_path):
+    assert content(examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), max_train_samples=asked)) == WANTED[:wanted]
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    found = examples(train_data_dir=str(write_metadata(tmp_path / "numbers", [1, 2])))
+    with pytest.raises(UserError, match=r"row 1 \(01.png\): its caption is 2, not text"):
+        found[1]
+    found = examples(dataset_name=str(save_dataset(tmp_path / "none", ["a", None])))
+    with pytest.raises(UserError, match=r"row 1.*its caption is None, not text"):
+        found[1]
+
+
+def test_an_image_that_is_gone_is_named(tmp_path):
+    found = examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)))
+    example = found[2]
+    (tmp_path / "d" / "02.png").unlink()
+    with pytest.raises(UserError, match=r"row 2 \(02.png\): No such file"):
+        example.image()
+
+
+def test_one_bad_picture_does_not_hide_the_others(tmp_path):
+    """Decoded inside datasets, a broken file ends the whole iteration with a traceback."""
+    write_metadata(tmp_path / "d", CAPTIONS)
+    (tmp_path / "d" / "01.png").write_bytes(b"<html>404</html>")
+    found = examples(train_data_dir=str(tmp_path / "d"))
+    assert found[0].image() and found[2].image()
+    with pytest.raises(UserError, match=r"row 1 \(01.png\): not a picture"):
+        found[1].image()
+
+
+def test_nothing_found_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in it"):
+        examples(train_data_dir=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="--train_data_dir .*nowhere: no such folder"):
+        examples(train_data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no rows"):
+        examples(train_data_dir=str(write_metadata(tmp_path / "none", [])))
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("image,text\n")
+    with pytest.raises(UserError, match="no data|no rows"):
+        examples(dataset_name=str(tmp_path / "table"))
+    with pytest.raises(UserError, match="--dataset_name nobody/nothing"):
+        examples(dataset_name="nobody/nothing")
+
+
+@pytest.mark.parametrize("text, message", [("not json\n", "metadata.jsonl, row 0"), ('{"text": "x"}\n', "file_name.* which has text"), ("[1]\n", "row 0")])
+def test_metadata_that_cannot_be_read_is_refused(text, message, tmp_path):
+    write_metadata(tmp_path / "d", CAPTIONS)
+    (tmp_path / "d" / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        examples(train_data_dir=str(tmp_path / "d"))
+
+
+def test_a_caption_column_that_a_row_lacks_is_named_with_what_it_has(tmp_path):
+    with pytest.raises(UserError, match="--caption_column words: not in row 0 of .*metadata.jsonl, which has file_name, text"):
+        examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), caption_column="words")
+
+
+def test_metadata_that_names_a_missing_file_is_refused(tmp_path):
+    """datasets drops such a row without a word."""
+    write_metadata(tmp_path / "d", CAPTIONS)
+    (tmp_path / "d" / "01.png").unlink()
+    with pytest.raises(UserError, match=r"1 of its files are not there, e.g. .*01\.png"):
+        examples(train_data_dir=str(tmp_path / "d"))
+
+
+def test_a_folder_with_a_csv(tmp_path):
+    write_images(tmp_path / "d", CAPTIONS)
+    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\n' + "".join(f'{i:02d}.png,"{c.replace(chr(34), chr(34) * 2)}"\n' for i, c in WANTED))
+    assert content(examples(train_data_dir=str(tmp_path / "d"))) == WANTED
+
+
+def test_one_source_is_needed_and_not_two(tmp_path):
+    for values in ({}, dict(dataset_name="a", train_data_dir="b")):
+        with pytest.raises(UserError, match="one of --dataset_name and --train_data_dir"):
+            examples(**values)

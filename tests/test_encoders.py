@@ -1,0 +1,147 @@
+"""Text and pictures as diffusers' own pipeline encodes them, and encoders that are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIPELINE
+from safetensors.torch import load_file, save_file
+
+from data.buckets import time_ids
+from data.encoders import VAE, TextEncoders
+from data.models import Model
+from data.safe import UserError
+
+LONG = "a very long caption about " + "foxes and birds and " * 60
+CAPTIONS = ["a red fox in the forest", "a blue bird", "", "Unseen, wörds! 123", LONG]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(PIPELINE, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return TextEncoders(Model(str(PIPELINE)), "no").load(CPU)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the toy's model to damage."""
+    shutil.copytree(PIPELINE, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_text_equals_the_pipelines(texts, pipeline):
+    """The wrong layer, the wrong pooled output or another padding trains on text that no pipeline will ever give."""
+    text, pooled = texts(CAPTIONS)
+    assert text.shape == (len(CAPTIONS), *texts.text_shape) and pooled.shape == (len(CAPTIONS), *texts.pooled_shape)
+    with torch.no_grad():
+        for i, caption in enumerate(CAPTIONS):
+            theirs = pipeline.encode_prompt(caption, device=CPU, do_classifier_free_guidance=False)
+            torch.testing.assert_close(text[i : i + 1], theirs[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pooled[i : i + 1], theirs[2], rtol=1e-4, atol=1e-4)
+    assert (text[0] - text[1]).abs().max() > 0.01  # or the comparison would hold for anything
+
+
+def test_a_captions_embedding_does_not_depend_on_its_batch(texts):
+    """Cached once per caption, it must be the same beside any other."""
+    together, alone = texts(CAPTIONS), [texts([c]) for c in CAPTIONS]
+    for part, parts in zip(together, zip(*alone)):
+        torch.testing.assert_close(part, torch.cat(parts), rtol=1e-4, atol=1e-4)
+
+
+def test_time_ids_equal_the_pipelines(pipeline):
+    for size, target in (((300, 600), (1024, 1024)), ((2000, 1100), (832, 1216))):
+        ours = time_ids(size, target, "x")
+        theirs = pipeline._get_add_time_ids(ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=64)
+        assert theirs.tolist() == [list(ours)]
+        assert ours[:2] == size and ours[4:] == target
+
+
+def test_truncated_captions_are_known(texts):
+    assert [texts.truncated(c) for c in CAPTIONS] == [False, False, False, False, True]
+
+
+def test_moments_equal_autoencoderkls_posterior(pipeline):
+    """Pixels in -1 .. 1, mean and standard deviation (not variance, not its logarithm), no scaling factor yet."""
+    vae = VAE(Model(str(PIPELINE)), "no").load(CPU)
+    pixels = torch.randint(0, 256, (3, 64, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moments = vae(pixels)
+    assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
+    with torch.no_grad():
+        x = pipeline.image_processor.preprocess(pixels.numpy().astype(np.float32) / 255)
+        posterior = pipeline.vae.encode(x).latent_dist
+    torch.testing.assert_close(moments[:, 0].float(), posterior.mean, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(moments[:, 1].float(), posterior.std, rtol=2e-3, atol=1e-6)
+
+
+def test_sdxls_own_vae_is_not_run_in_fp16():
+    """Its config asks for fp32 because it overflows: black latents in silence."""
+    assert VAE(Model(str(PIPELINE)), "fp16").dtype == torch.float32
+
+
+def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
+    """A VAE that claims to be fit for fp16 and is not, for one bright picture of two."""
+    config = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps(config | dict(force_upcast=False)))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.conv_in.weight"] = tensors["encoder.conv_in.weight"] * 0 + 2000  # what follows normalises it away
+    save_file(tensors, weights)
+    vae, exact = VAE(Model(str(model)), "fp16").load(CPU), VAE(Model(str(model)), "no").load(CPU)
+    assert vae.dtype == torch.float16
+    pixels = torch.full((2, 64, 64, 3), 127, dtype=torch.uint8)
+    pixels[1, 8:40] = 255
+    assert not vae._encode(pixels)[1].isfinite().all()  # the case is what it claims to be
+    moments = vae(pixels)
+    assert moments.isfinite().all() and vae.vae.dtype == torch.float16
+    torch.testing.assert_close(moments[1], exact(pixels)[1], rtol=1e-2, atol=1e-2)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(model):
+    """transformers makes one with 2 tokens and no error; every caption would be the same."""
+    (model / "tokenizer_2" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer_2: \d+ tokens; its vocabulary is missing"):
+        TextEncoders(Model(str(model)), "no").load(CPU)
+
+
+def test_encoders_that_cannot_tell_captions_apart_are_refused(model):
+    for part in ("text_encoder", "text_encoder_2"):
+        path = model / part / "model.safetensors"
+        save_file({n: t * 0 if "token_embedding" in n else t for n, t in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="the same for every caption"):
+        TextEncoders(Model(str(model)), "no").load(CPU)
+
+
+def test_text_that_is_not_finite_is_refused(model):
+    path = model / "text_encoder_2" / "model.safetensors"
+    save_file({n: t * torch.nan if "layers.1." in n else t for n, t in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        TextEncoders(Model(str(model)), "no").load(CPU)
+
+
+def test_the_fingerprint_follows_content_precision_and_nothing_else(model):
+    """A row is found by it: two encoders that differ must not share one, a folder that moved must not lose it."""
+
+    def texts(path, precision="no"):
+        return TextEncoders(Model(str(path)), precision).fingerprint
+
+    assert texts(model) == texts(PIPELINE)
+    assert texts(model) != texts(model, "fp16")
+    before, pictures = texts(model), VAE(Model(str(model)), "no").fingerprint
+    for name in ("tokenizer/tokenizer.json", "text_encoder_2/model.safetensors", "text_encoder/config.json"):
+        blob = (model / name).read_bytes()
+        (model / name).write_bytes(blob[:-1] + b" ")
+        assert texts(model) != before
+        (model / name).write_bytes(blob)
+    assert VAE(Model(str(model)), "no").fingerprint == pictures
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b" ")
+    assert VAE(Model(str(model)), "no").fingerprint != pictures and texts(model) == before

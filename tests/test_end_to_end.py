@@ -1,0 +1,157 @@
+"""The real commands, as a user types them: what they write, what they say, and how they end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES, PRECOMPUTE, PROMPTS, ROOT, STEPS, TOKEN, TRAIN, command, lines, one_line_error, start, when
+from PIL import Image
+from safetensors.torch import load_file
+
+WANTED = {
+    ".lock",
+    "cache/manifest.json",
+    "cache/index.npy",
+    "cache/names.txt",
+    "cache/captions.rows",
+    "cache/captions.keys",
+    "cache/moments-64x64.rows",
+    "cache/moments-64x64.keys",
+    "lora.safetensors",
+    *(f"lora-{step:06d}.safetensors" for step in (2, 4, 6)),
+    *(f"state/{step:06d}.state" for step in (4, 6)),
+    "metrics.jsonl",
+    *(f"compare/{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(2)),
+    "compare/grid.png",
+    "compare/report.json",
+}
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_file_that_is_promised_and_no_other(run):
+    """No temporary file, no second copy: what lies in the folder is what the documentation names."""
+    assert set(files(run.folder)) == WANTED
+    manifest = json.loads((run.folder / "cache" / "manifest.json").read_text())
+    assert {"model", "vae", "resolution", "rows", "content"} <= set(manifest) and manifest["rows"] == PICTURES
+    log = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in log] == list(range(1, STEPS + 1))
+    for m in log:
+        assert {"loss", "lr", "grad_norm", "loss_scale", "images_per_s", "peak_gib"} <= set(m)
+        assert np.isfinite([m["loss"], m["grad_norm"]]).all() and m["images_per_s"] > 0
+    assert all(t.isfinite().all() for t in load_file(run.folder / "lora.safetensors").values())
+    for name in ("baseline_0", "finetuned_1", "grid"):
+        assert Image.open(run.folder / "compare" / f"{name}.png").mode == "RGB"
+    report = json.loads((run.folder / "compare" / "report.json").read_text())
+    assert report["prompts"] == list(PROMPTS) and all(change > 0 for change in report["mean_pixel_change"])
+
+
+def test_the_last_save_is_the_export(run):
+    last, export = load_file(run.folder / f"lora-{STEPS:06d}.safetensors"), load_file(run.folder / "lora.safetensors")
+    assert last.keys() == export.keys() and all(torch.equal(last[name], export[name]) for name in last)
+
+
+def test_the_output_says_what_was_done(run):
+    assert f"{PICTURES} rows: {PICTURES} pictures and {PICTURES} captions to encode" in run.precompute
+    assert f"{STEPS}/{STEPS}" in run.train and "loss=" in run.train
+    assert str(run.folder / "compare" / "grid.png") in run.infer
+
+
+def test_the_token_is_in_no_byte_that_was_written(run):
+    for name, path in files(run.folder).items():
+        assert TOKEN.encode() not in path.read_bytes(), name
+    assert TOKEN not in run.precompute + run.train + run.infer
+
+
+def test_what_people_publish_holds_no_path_and_no_caption(run):
+    captions = [json.loads(line)["text"] for line in (run.pictures / "metadata.jsonl").read_text().splitlines()]
+    for path in run.folder.glob("*.safetensors"):
+        blob = path.read_bytes()
+        for secret in (str(run.folder.parent), str(ROOT), str(run.pictures), os.path.expanduser("~"), *captions):
+            assert secret.encode() not in blob, secret
+
+
+@pytest.mark.slow
+def test_refusals_of_every_command(run, tmp_path):
+    """Real processes with everything imported: one line, exit code 2."""
+    output = command("train", "--output_dir", tmp_path / "empty", "--mixed_precision", "no", code=2)
+    assert "no finished cache here; run python -m data.precompute" in one_line_error(output)
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    assert "rank 4 there and 5 here" in one_line_error(command("train", "--output_dir", folder, *TRAIN, "--rank", 5, code=2))
+    output = command("data.precompute", "--output_dir", folder, "--train_data_dir", tmp_path / "nowhere", *PRECOMPUTE, code=2)
+    assert "--train_data_dir" in one_line_error(output)
+    (folder / "lora.safetensors").write_bytes(b"not weights")
+    assert "lora.safetensors" in one_line_error(command("infer", "--output_dir", folder, "--prompt", "x", code=2))
+    for path in (folder / "state").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "every state is damaged" in one_line_error(command("train", "--output_dir", folder, *TRAIN, code=2))
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_exits_0(run, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    assert "finished" in command("train", "--output_dir", folder, *TRAIN)
+    assert (folder / "lora.safetensors").read_bytes() == (run.folder / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_stopped_by_every_signal_in_turn_ends_with_the_same_bytes(run, fresh):
+    """python -m train itself: SIGTERM, SIGINT, SIGKILL, a second command beside it, and to the end."""
+    folder = fresh
+    for signum, code, step in ((signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2), (signal.SIGKILL, -9, 4)):
+        process = start("train", "--output_dir", folder, *TRAIN)
+        when(lambda: lines(folder / "metrics.jsonl") >= step, process)
+        if signum == signal.SIGTERM:
+            process.send_signal(signal.SIGSTOP)
+            refused = command("infer", "--output_dir", folder, "--prompt", "x", code=2)
+            assert f"process {process.pid} is working here" in one_line_error(refused)
+            process.send_signal(signal.SIGCONT)
+        process.send_signal(signum)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code and "Traceback" not in output, output
+    command("train", "--output_dir", folder, *TRAIN)
+    assert (folder / "lora.safetensors").read_bytes() == (run.folder / "lora.safetensors").read_bytes()
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_make_runs_the_presets_commands(tmp_path):
+    """The Makefile's toy path with few steps: its flags are accepted, its files are there."""
+
+
+    words = ["make", "precompute", "train", "compare", f"PYTHON={sys.executable}", f"RUN={tmp_path / 'toy'}"]
+    plan = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert plan.index("data.toy.draw") < plan.index("-m data.precompute") < plan.index("-m train") < plan.index("-m infer")
+    naruto = subprocess.run([*words, "-n", "PRESET=naruto"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "stabilityai/stable-diffusion-xl-base-1.0" in naruto and "data.toy" not in naruto
+    wrong = subprocess.run([*words, "-n", "PRESET=other"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode and "none of toy, naruto" in wrong.stderr
+    assert subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.count("make ") > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_on_a_gpu(fresh, tmp_path):
+    """fp16 with the scaler and 8-bit AdamW: it learns, resumes, and gives the same bytes twice."""
+    flags = [*TRAIN, "--mixed_precision", "fp16", "--use_8bit_adam"]
+    folders = [fresh, tmp_path / "twin"]
+    shutil.copytree(folders[0] / "cache", folders[1] / "cache")
+    command("train", "--output_dir", folders[0], *flags)
+    command("train", "--output_dir", folders[1], *flags, "--max_train_steps", 3)
+    command("train", "--output_dir", folders[1], *flags)
+    one, other = (load_file(folder / "lora.safetensors") for folder in folders)
+    for name, tensor in one.items():  # CUDA's sums are not in a fixed order
+        torch.testing.assert_close(tensor, other[name], rtol=0.05, atol=5e-3)
+    command("infer", "--output_dir", folders[0], "--prompt", *PROMPTS, "--num_inference_steps", 2)
+    report = json.loads((folders[0] / "compare" / "report.json").read_text())
+    assert report["peak_gib"] > 0 and all(change > 0 for change in report["mean_pixel_change"])

@@ -1,0 +1,420 @@
+"""The training loop: against a plain loop written out, and through everything that can stop it."""
+
+import json
+import shutil
+import signal
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIPELINE, STEPS, TRAIN, Forked, here, lines, settings, when
+from diffusers import DDPMScheduler
+from safetensors.torch import load
+
+from data.cache import Cache
+from data.safe import NumbersError, UserError
+from lora.inject import inject
+from train import loop
+from train.diffusion import noise_schedule
+
+SIGNAL = noise_schedule(json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text()))
+
+
+def train(run, *more):
+    here("train", "--output_dir", run, *TRAIN, *more)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return (run / "lora.safetensors").read_bytes()
+
+
+def vector(run, step):
+    """The LoRA vector of a saved state, fp32: what the exported fp16 would hide shows here."""
+    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
+
+
+def again(run, tmp_path, name):
+    """Another new run on the same cache."""
+    shutil.copytree(run / "cache", tmp_path / name / "cache")
+    return tmp_path / name
+
+
+# ---- What is trained
+
+
+def test_three_steps_equal_a_plain_loop(fresh, unet):
+    """Accumulation, loss, clipping, AdamW and what the UNet is told, written out with diffusers and torch alone."""
+    values = dict(rank=4, lora_alpha=6.0, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=3, max_grad_norm=0.05)
+    values |= dict(mixed_precision="no", max_train_steps=3, proportion_empty_prompts=0.3, noise_offset=0.1, output_dir=str(fresh))
+    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
+    here("train", *flags)
+
+    cache, scheduler = Cache(fresh / "cache"), DDPMScheduler.from_pretrained(PIPELINE / "scheduler")
+    adapters = inject(unet, 4, 6.0, seed=3)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([adapters.vector], lr=1e-2, weight_decay=1e-2)
+    losses, norms = [], []
+    for step in range(3):
+        total = 0
+        for slot in range(2):
+            b = loop.draw(cache, settings("train", **values), SIGNAL, step, slot)
+            noisy = scheduler.add_noise(b["x0"], b["eps"], b["t"])
+            predicted = unet(noisy, b["t"], b["text"].float(), added_cond_kwargs=dict(text_embeds=b["pooled"].float(), time_ids=b["time_ids"])).sample
+            total = total + torch.nn.functional.mse_loss(predicted, b["eps"]) / 2
+        total.backward()
+        losses.append(total.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.05).item())
+        optimizer.step()
+        adapters.zero_grad()
+    assert [m["loss"] for m in metrics(fresh)] == pytest.approx(losses, rel=1e-4)
+    assert [m["grad_norm"] for m in metrics(fresh)] == pytest.approx(norms, rel=1e-3)
+    assert max(norms) > 0.05  # the clipping was at work
+    torch.testing.assert_close(vector(fresh, 3), adapters.vector.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_it_learns(run):
+    """Eight pictures, six steps at a large learning rate: B leaves zero, the prediction changes."""
+    assert vector(run.folder, STEPS).isfinite().all()
+    state = load((run.folder / "lora.safetensors").read_bytes())
+    assert all(t.any() for name, t in state.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("constant_with_warmup", 3), ("cosine", 2), ("linear", 0)])
+def test_the_learning_rate_is_the_schedulers(schedule, warmup, fresh):
+    """diffusers' own scheduler stepped once per optimizer step, from its first value on."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=STEPS)
+    wanted = []
+    for _ in range(STEPS):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), theirs.step()
+    train(fresh, "--lr_scheduler", schedule, "--lr_warmup_steps", warmup, "--gradient_accumulation_steps", 1, "--train_batch_size", 1)
+    assert [m["lr"] for m in metrics(fresh)] == pytest.approx(wanted)
+
+
+def test_recomputing_activations_changes_no_bit(fresh, tmp_path, monkeypatch):
+    """fp32, the state's vector and not the export: and it is recomputed indeed."""
+    calls, real = [], loop.checkpoint
+    monkeypatch.setattr(loop, "checkpoint", lambda *a, **k: (calls.append(a[0]), real(*a, **k))[1])
+    train(fresh, "--max_train_steps", 2)
+    assert not calls
+    other = again(fresh, tmp_path, "recomputed")
+    train(other, "--max_train_steps", 2, "--gradient_checkpointing")
+    assert len(set(calls)) == len(calls) / 4 > 10  # every block, two steps of two micro-steps
+    assert torch.equal(vector(fresh, 2), vector(other, 2))
+    assert [m["grad_norm"] for m in metrics(fresh)] == [m["grad_norm"] for m in metrics(other)]
+
+
+def test_eight_bit_adam_on_the_flat_vector_equals_one_tensor_at_a_time():
+    """Bit for bit, for tensors of at least 4,096 numbers: padding to 256 keeps every quantisation block in one tensor."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.to_k, self.to_v = torch.nn.Linear(1024, 1024), torch.nn.Linear(1001, 1001), torch.nn.Linear(2048, 900)
+            self.to_out = torch.nn.ModuleList([torch.nn.Linear(1280, 1280)])
+
+    adapters = inject(torch.nn.Sequential(Attention()), 5, 5.0)
+    parts = [p for layer in adapters.layers.values() for p in (layer.A, layer.B)]
+    assert min(p.numel() for p in parts) >= 4096 and any(p.numel() % 256 for p in parts)
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in parts]
+    ours = loop.make_optimizer(adapters, settings("train", use_8bit_adam=True, learning_rate=1e-2))
+    theirs = bnb.optim.AdamW8bit(alone, lr=1e-2, weight_decay=1e-2)
+    assert isinstance(ours, bnb.optim.AdamW8bit)
+    for step in range(12):
+        g = torch.Generator().manual_seed(step)
+        for part, single in zip(parts, alone):
+            part.grad.copy_(torch.randn(part.shape, generator=g) * 10 ** torch.randn(1, generator=g))
+            single.grad = part.grad.clone()
+        ours.step(), theirs.step()
+        assert all(torch.equal(part, single) for part, single in zip(parts, alone)), step
+
+
+# ---- What is drawn
+
+
+def draw(run, step=0, slot=0, **values):
+    return loop.draw(Cache(run.folder / "cache"), settings("train", **{"train_batch_size": 4, "seed": 1} | values), SIGNAL, step, slot)
+
+
+def test_each_switch_changes_its_own_numbers_alone(run):
+    """One stream for all, and turning dropout on would change every noise after it: no two runs could be compared."""
+    plain = draw(run)
+    for name, changed in ((dict(proportion_empty_prompts=1.0), {"text", "pooled"}), (dict(noise_offset=0.3), {"eps"})):
+        other = draw(run, **name)
+        assert {k for k in plain if not torch.equal(plain[k], other[k])} == changed
+    assert not draw(run, proportion_empty_prompts=1.0)["text"].any()
+
+
+def test_every_slot_and_step_draws_anew_and_the_same_again(run):
+    batches = [draw(run, step, slot) for step in (0, 1) for slot in (0, 1)]
+    for name in ("eps", "x0"):
+        assert len({batch[name].sum().item() for batch in batches}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(batches[3].values(), draw(run, 1, 1).values()))
+
+
+def test_noise_offset_is_one_constant_per_channel(run):
+    """0.3 times a number that is the same over a channel's pixels, another in each, of deviation 1."""
+    shifts = torch.cat([draw(run, step, noise_offset=0.3)["eps"] - draw(run, step)["eps"] for step in range(100)]) / 0.3
+    assert shifts.std(dim=(2, 3)).max() < 1e-5
+    constants = shifts[:, :, 0, 0].flatten()
+    assert len(constants) == 1600 and abs(constants.mean()) < 0.1 and constants.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_latents_are_drawn_from_the_cached_posterior(run):
+    """mean + std · noise, scaled: over many draws of one picture the cached moments come back."""
+    cache = Cache(run.folder / "cache")
+    found, scale = [], cache.manifest["scaling_factor"]
+    for step in range(300):
+        examples = loop.sampler.rows(1, step, 0, 4, 4, len(cache))
+        if 2 in examples:
+            found.append(draw(run, step)["x0"][examples.index(2)])
+    row = cache.moments[cache.index[2]["picture"]].astype(np.float32)
+    x0 = torch.stack(found)
+    assert len(found) > 100
+    standard = (x0 - scale * torch.from_numpy(row[0])) / (scale * torch.from_numpy(row[1]))
+    assert abs(standard.mean()) < 0.02 and standard.std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_timesteps_and_dropped_captions_have_their_shares(run):
+    many = [draw(run, step, train_batch_size=8, proportion_empty_prompts=0.25) for step in range(200)]
+    t = torch.cat([b["t"] for b in many])
+    assert t.min() < 10 and t.max() > 989 and abs(t.float().mean() - 499.5) < 25
+    dropped = torch.cat([~b["text"].flatten(1).any(1) for b in many])
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.04)
+
+
+def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
+    """With the index's two entries apart, both come, about as often."""
+    index = np.load(fresh / "cache" / "index.npy")
+    index["picture"], index["mirrored"] = 0, 1
+    np.save(fresh / "cache" / "index.npy", index)
+    cache = Cache(fresh / "cache")
+    means = [torch.from_numpy(cache.moments[i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)]
+    values = settings("train", train_batch_size=8, seed=1)
+    drawn = torch.cat([loop.draw(cache, values, SIGNAL, step, 0)["x0"] for step in range(25)])
+    distance = torch.stack([(drawn - mean).square().mean(dim=(1, 2, 3)) for mean in means])
+    assert (distance.amax(0) > 4 * distance.amin(0)).all()  # each draw is clearly of one of the two
+    assert 0.35 < (distance[1] < distance[0]).float().mean() < 0.65
+
+
+# ---- Stopping and going on
+
+
+def test_same_seed_two_folders_same_bytes(run, fresh):
+    """One process started by python -m train, one here."""
+    other = again(fresh, fresh.parent, "other")
+    train(fresh)
+    same_as_uninterrupted(fresh, run)
+    train(other, "--seed", 43)
+    assert not torch.equal(vector(other, STEPS), vector(fresh, STEPS))
+
+
+def same_as_uninterrupted(folder, run):
+    assert weights(folder) == weights(run.folder)
+    assert torch.equal(vector(folder, STEPS), vector(run.folder, STEPS))
+    assert [m["step"] for m in metrics(folder)] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in metrics(folder)] == [m["loss"] for m in metrics(run.folder)]
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_kill_9_at_a_step_and_run_again(step, fresh, run, tmp_path):
+    """A real process, killed when the step's line is in metrics.jsonl: before, after and while saving."""
+    process = Forked("train", ("--output_dir", fresh, *TRAIN), tmp_path / "log")
+    when(lambda: lines(fresh / "metrics.jsonl") >= step, process)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (fresh / "lora.safetensors").exists()
+    train(fresh)
+    same_as_uninterrupted(fresh, run)
+
+
+def test_killed_again_and_again(fresh, run, tmp_path):
+    for step in (1, 3, 5):
+        process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 1), tmp_path / "log")
+        when(lambda: lines(fresh / "metrics.jsonl") >= step, process)
+        process.send(signal.SIGKILL)
+        process.wait()
+    train(fresh)
+    same_as_uninterrupted(fresh, run)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_and_the_same_command_goes_on(signum, code, fresh, run, tmp_path):
+    process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 100), tmp_path / "log")
+    when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
+    process.send(signum)
+    assert process.wait() == code
+    done = lines(fresh / "metrics.jsonl")
+    assert 1 <= done < STEPS and (fresh / "state" / f"{done:06d}.state").exists()
+    assert f"stopped after step {done}, saved; run the same command to go on" in process.output
+    assert not (fresh / "lora.safetensors").exists()
+    train(fresh)
+    same_as_uninterrupted(fresh, run)
+
+
+def test_the_plan_may_change_between_runs(fresh, run):
+    """More steps or another saving interval go on with the same numbers."""
+    train(fresh, "--max_train_steps", 3)
+    train(fresh, "--checkpointing_steps", 3)
+    same_as_uninterrupted(fresh, run)
+
+
+def test_a_changed_schedule_is_said(fresh, capsys):
+    train(fresh, "--max_train_steps", 1, "--lr_scheduler", "cosine")
+    train(fresh, "--max_train_steps", 2, "--lr_scheduler", "cosine")
+    assert "--max_train_steps was 1: the learning rate goes on along the new schedule" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_and_exports_the_same(run, tmp_path, capsys):
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    train(folder)
+    assert f"finished, {STEPS} steps are done" in capsys.readouterr().out
+    same_as_uninterrupted(folder, run)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_damaged_newest_state_falls_back_to_the_same_end(run, tmp_path, capsys):
+    """One bit of the last state: the steps since the one before are trained again, to the same bytes."""
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    (folder / "lora.safetensors").unlink()
+    path = folder / "state" / f"{STEPS:06d}.state"
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 3] ^= 4
+    path.write_bytes(blob)
+    train(folder)
+    assert f"{path}: damaged" in capsys.readouterr().out
+    same_as_uninterrupted(folder, run)
+
+
+@pytest.mark.parametrize("change", [("--rank", 5), ("--seed", 43), ("--lora_alpha", 4), ("--train_batch_size", 1), ("--mixed_precision", "bf16")])
+def test_a_changed_run_is_refused_naming_the_field(change, run, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(UserError, match=rf"\b{change[0].removeprefix('--')} .* there and {change[1]}.* here"):
+        train(folder, *change)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_changed_dataset_is_refused(run, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(run.folder, folder)
+    path = folder / "cache" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(content="other")))
+    with pytest.raises(UserError, match="cache .* there and other here"):
+        train(folder)
+
+
+# ---- Numbers
+
+
+def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
+    """Good checksums around a NaN: no step is taken with it, the state before stays, nothing is exported as final."""
+    cache = Cache(fresh / "cache")
+    bad = loop.sampler.rows(42, 3, 1, 2, 2, len(cache))[0]  # first seen in step 4 or before
+    seen = next(step for step in range(4) for slot in range(2) if bad in loop.sampler.rows(42, step, slot, 2, 2, len(cache)))
+    at = int(cache.index[bad]["picture"])
+    moments = cache.moments
+    row = moments[at].copy()
+    row[0, 0, 0, 0] = np.nan
+    with open(moments.path, "r+b") as file:
+        file.seek(at * moments.row_bytes)
+        file.write(row.tobytes())
+    with open(moments.keys_path, "r+b") as file:
+        file.seek(at * 36 + 32)
+        file.write(struct.pack("<I", zlib.crc32(row)))
+    with pytest.raises(NumbersError, match=rf"the loss is nan at step {seen + 1}, .*row {bad} .*timesteps \[\d+, \d+, \d+, \d+\]"):
+        train(fresh, "--checkpointing_steps", 1)
+    assert [m["step"] for m in metrics(fresh)] == list(range(1, seen + 1))
+    assert not (fresh / "lora.safetensors").exists()
+    if seen:
+        assert vector(fresh, seen).isfinite().all()
+    assert len(list((fresh / "state").glob("*"))) == min(seen, 2)
+
+
+FP16 = ("--mixed_precision", "fp16", "--train_batch_size", 1, "--gradient_accumulation_steps", 1)
+
+
+@pytest.fixture
+def loss_scale(monkeypatch):
+    """loss_scale(x): the next run's GradScaler starts at x, so that the first gradients overflow fp16."""
+    real = torch.amp.GradScaler
+    return lambda scale: monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=scale))
+
+
+def test_fp16_trains_close_to_fp32(fresh, tmp_path):
+    """The scaler is at work and out of the way: unscaled before the clip, no overflow at its own start."""
+    other = again(fresh, tmp_path, "fp32")
+    train(fresh, *FP16, "--max_train_steps", 3)
+    train(other, *FP16, "--max_train_steps", 3, "--mixed_precision", "no")
+    half, full = metrics(fresh), metrics(other)
+    assert all(m["loss_scale"] > 1000 and m["overflows"] == 0 for m in half)
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in half] == pytest.approx([m[name] for m in full], rel=0.05)
+
+
+def test_an_overflow_is_skipped_halved_and_recovered_from(fresh, loss_scale):
+    """Every skipped step halves the scale, every other keeps it; overflows are counted in a row."""
+    loss_scale(2.0**24)
+    train(fresh, *FP16, "--max_train_steps", 14, "--checkpointing_steps", 1, "--learning_rate", 1e-4)
+    scale, in_a_row, taken = 2.0**24, 0, 0
+    for m in metrics(fresh):
+        skipped = not np.isfinite(m["grad_norm"])
+        scale, in_a_row, taken = (scale / 2, in_a_row + 1, taken) if skipped else (scale, 0, taken + 1)
+        assert (m["loss_scale"], m["overflows"]) == (scale, in_a_row)
+    assert 1 <= taken < 14
+    assert vector(fresh, 14).isfinite().all()
+
+
+def test_a_skipped_step_changes_no_weight(fresh, loss_scale, unet):
+    loss_scale(2.0**60)
+    train(fresh, *FP16, "--max_train_steps", 2)
+    assert [m["overflows"] for m in metrics(fresh)] == [1, 2]
+    assert torch.equal(vector(fresh, 2), inject(unet, 4, 6.0, seed=42).vector)
+
+
+def test_a_run_resumed_among_overflows_equals_one_that_was_not_stopped(fresh, tmp_path, loss_scale):
+    """The scale is in the state: started anew it would overflow again."""
+    loss_scale(2.0**24)
+    other = again(fresh, tmp_path, "stopped")
+    train(fresh, *FP16, "--max_train_steps", 12)
+    train(other, *FP16, "--max_train_steps", 5)
+    train(other, *FP16, "--max_train_steps", 12)
+    assert torch.equal(vector(fresh, 12), vector(other, 12))
+    assert [m["loss_scale"] for m in metrics(fresh)] == [m["loss_scale"] for m in metrics(other)]
+
+
+def test_overflows_without_end_stop_the_run(fresh, loss_scale):
+    loss_scale(2.0**100)
+    with pytest.raises(NumbersError, match=r"overflowed fp16 20 times in a row, last at step 20, row \d"):
+        train(fresh, *FP16, "--max_train_steps", 40)
+    assert not (fresh / "lora.safetensors").exists() and len(metrics(fresh)) == 19
+
+
+# ---- Refusals
+
+
+def test_without_a_cache_the_command_that_makes_one_is_named(tmp_path):
+    with pytest.raises(UserError, match="no finished cache here; run python -m data.precompute"):
+        train(tmp_path / "run")
+
+
+def test_a_unet_that_does_not_fit_the_text_is_refused(fresh):
+    path = fresh / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | dict(text_shape=[77, 64], pooled_shape=[64 + 77 * 64])))
+    with pytest.raises(UserError, match="its UNet wants text of width 128, the cache has 64"):
+        train(fresh)

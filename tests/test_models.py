@@ -1,0 +1,97 @@
+"""Where a model's files are, and what is named when they are not there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import PIPELINE
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from data.models import Model, load
+from data.safe import UserError
+
+
+@pytest.fixture
+def model(tmp_path):
+    shutil.copytree(PIPELINE, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def weights(model, name="diffusion_pytorch_model.safetensors"):
+    return model / "unet" / name
+
+
+def test_load_equals_from_pretrained(_toy_unet):
+    """Built without memory and assigned: a weight or buffer forgotten would stay empty or differ."""
+    ours = load(UNet2DConditionModel, Model(str(PIPELINE)).part("unet"), torch.float32, torch.device("cpu"))
+    theirs = _toy_unet.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(w, theirs[n]) for n, w in ours.state_dict().items())
+    assert not ours.training and not any(p.requires_grad or p.is_meta for p in ours.parameters())
+    assert not [n for n, b in ours.named_buffers() if b.is_meta]
+
+
+def test_the_variant_is_taken_where_there_is_one(model):
+    assert Model(str(model), None, "fp16").part("unet").variant is None
+    weights(model).rename(weights(model, "diffusion_pytorch_model.fp16.safetensors"))
+    assert Model(str(model), None, "fp16").part("unet").variant == "fp16"
+    with pytest.raises(UserError, match="no diffusion_pytorch_model.safetensors in unet/"):
+        Model(str(model)).part("unet")
+
+
+def test_shards_are_read_together(model, _toy_unet):
+    tensors = load_file(weights(model))
+    names = sorted(tensors)
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        save_file({n: tensors[n] for n in part}, weights(model, f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"))
+    weights(model).unlink()
+    ours = load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
+    assert all(torch.equal(w, _toy_unet.state_dict()[n]) for n, w in ours.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused(model):
+    tensors = load_file(weights(model))
+    tensors.pop("conv_in.weight")
+    save_file(tensors, weights(model))
+    with pytest.raises(UserError, match="unet: its weights do not fit.*conv_in.weight"):
+        load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
+
+
+def test_what_is_missing_is_named(model):
+    shutil.rmtree(model / "tokenizer")
+    with pytest.raises(UserError, match="no tokenizer/ in it"):
+        Model(str(model)).part("tokenizer")
+    (model / "model_index.json").unlink()
+    with pytest.raises(UserError, match="no model_index.json"):
+        Model(str(model)).index()
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-of-this-name", "./not/a/folder", "../x", "a b"])
+def test_a_model_that_is_nowhere_is_named_offline(name):
+    """Without a network a missing model is one line, not a page of HTTP."""
+    with pytest.raises(UserError, match="neither a folder here nor a hub id|not a folder here, and not from the hub") as refusal:
+        Model(name).part("unet")
+    assert str(refusal.value).startswith(name) and "\n" not in str(refusal.value)
+
+
+def test_a_vae_published_alone(model):
+    assert Model(str(model / "vae")).part("vae").folder == model / "vae"
+    with pytest.raises(UserError, match="no unet/"):
+        Model(str(model / "vae")).part("unet")
+
+
+def test_public_names_hold_no_path(model):
+    """They go into files that people publish."""
+    name = Model(str(model)).public_name()
+    assert name == Model(str(PIPELINE)).public_name() and str(model) not in name and "/" not in name
+    blob = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(blob | dict(norm_eps=1e-6)))
+    assert Model(str(model)).public_name() != name
+
+
+def test_a_local_model_is_pinned_to_its_absolute_path(model, monkeypatch):
+    """train may run from another folder than precompute."""
+    monkeypatch.chdir(model.parent)
+    assert Model("model", None, "fp16").pinned() == Model(str(model), None, "fp16")

@@ -1,0 +1,258 @@
+"""python -m data.precompute: encodes exactly what is not there, to the same bytes however often it was stopped."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES, PIPELINE, PRECOMPUTE, Forked, here, lines, when
+from PIL import Image
+
+from data.cache import Cache
+from data.encoders import VAE, TextEncoders
+from data.images import read_rgb
+from data.models import Model
+from data.safe import NumbersError, UserError
+
+
+@pytest.fixture
+def source(pictures, tmp_path):
+    """A copy of the pictures to change."""
+    shutil.copytree(pictures, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def precompute(run, source, *more):
+    here("data.precompute", "--output_dir", run, "--train_data_dir", source, *PRECOMPUTE, *more)
+
+
+def rows_files(folder):
+    return {p.name: p.read_bytes() for p in sorted((folder / "cache").glob("*.rows")) + sorted((folder / "cache").glob("*.keys"))}
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
+
+
+def edit_captions(source, change):
+    path = source / "metadata.jsonl"
+    rows = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def no_encoders(monkeypatch):
+    """Loading an encoder fails the test."""
+    for kind in (TextEncoders, VAE):
+        monkeypatch.setattr(kind, "load", lambda *_: pytest.fail("an encoder was loaded"))
+
+
+def test_a_second_run_encodes_nothing_and_changes_nothing(fresh, pictures, no_encoders, capsys):
+    before = content(fresh)
+    precompute(fresh, pictures)
+    assert f"{PICTURES} rows: 0 pictures and 0 captions to encode" in capsys.readouterr().out
+    assert content(fresh) == before
+
+
+def test_moments_equal_the_vaes_posterior_of_the_prepared_picture(run):
+    """From the file on disk, through diffusers' own image processor, to the row that training reads."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    cache = Cache(run.folder / "cache")
+    vae = AutoencoderKL.from_pretrained(PIPELINE / "vae", dtype=torch.float32)
+    batch = cache.batch(range(PICTURES), np.zeros(PICTURES, bool), np.zeros(PICTURES, bool))
+    for i in range(PICTURES):
+        image = Image.open(run.pictures / f"{i:03d}.png").convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+        with torch.no_grad():
+            posterior = vae.encode(VaeImageProcessor().preprocess(image)).latent_dist
+        np.testing.assert_allclose(batch["mean"][i], posterior.mean[0], rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(batch["std"][i], posterior.std[0], rtol=5e-3, atol=1e-5)
+        assert batch["time_ids"][i].tolist() == [*Image.open(run.pictures / f"{i:03d}.png").size[::-1], 0, 0, 64, 64]
+
+
+def test_text_is_the_captions(run):
+    texts = TextEncoders(Model(str(PIPELINE)), "no").load(torch.device("cpu"))
+    captions = [json.loads(line)["text"] for line in (run.pictures / "metadata.jsonl").read_text().splitlines()]
+    batch = Cache(run.folder / "cache").batch(range(PICTURES), np.zeros(PICTURES, bool), np.zeros(PICTURES, bool))
+    text, pooled = texts(captions)
+    np.testing.assert_allclose(batch["text"], text, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(batch["pooled"], pooled, rtol=2e-3, atol=2e-3)
+
+
+def test_one_edited_caption_encodes_one_caption(fresh, source, run, capsys):
+    edit_captions(source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)])
+    before = rows_files(fresh)
+    precompute(fresh, source)
+    assert "0 pictures and 1 captions to encode" in capsys.readouterr().out
+    after = rows_files(fresh)
+    assert after["moments-64x64.rows"] == before["moments-64x64.rows"]
+    one = len(before["captions.rows"]) // (PICTURES + 1)  # and the unconditional
+    assert after["captions.rows"][:-one] == before["captions.rows"]
+    old, new = Cache(run.folder / "cache"), Cache(fresh / "cache")
+    changed = [i for i in range(PICTURES) if new.index[i]["caption"] != old.index[i]["caption"]]
+    assert changed == [3] and new.manifest["content"] != old.manifest["content"]
+
+
+def test_one_replaced_picture_encodes_one_picture(fresh, source, capsys):
+    """Under its old name: only the content tells."""
+    shutil.copy(source / "001.png", source / "002.png")
+    Image.new("RGB", (100, 80), "red").save(source / "004.png")
+    precompute(fresh, source)
+    assert "1 pictures and 0 captions to encode" in capsys.readouterr().out  # 002 is 001 again
+    cache = Cache(fresh / "cache")
+    assert cache.index[2]["picture"] == cache.index[1]["picture"]
+    assert cache.index[4]["time_ids"].tolist() == [80, 100, 0, 8, 64, 64]
+
+
+def test_removed_added_and_reordered_rows(fresh, source, capsys, no_encoders):
+    """Nothing is encoded again, and the index follows the new order."""
+    old = Cache(fresh / "cache").index.copy()
+    edit_captions(source, lambda rows: rows[:2:-1])
+    for i in range(3):
+        (source / f"{i:03d}.png").unlink()
+    precompute(fresh, source)
+    assert f"{PICTURES - 3} rows: 0 pictures and 0 captions" in capsys.readouterr().out
+    assert Cache(fresh / "cache").index.tobytes() == old[:2:-1].tobytes()
+
+
+def test_equal_captions_are_encoded_once(source, tmp_path, capsys):
+    edit_captions(source, lambda rows: [dict(row, text="the same") for row in rows])
+    precompute(tmp_path / "run", source)
+    assert f"{PICTURES} pictures and 1 captions to encode" in capsys.readouterr().out
+
+
+def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fresh, pictures, source, capsys):
+    before = rows_files(fresh)
+    here("data.precompute", "--output_dir", fresh, "--train_data_dir", pictures, *PRECOMPUTE, "--resolution", 128)
+    assert f"{PICTURES} pictures and 0 captions" in capsys.readouterr().out
+    cache = Cache(fresh / "cache")
+    assert cache.manifest["resolution"] == 128 and cache.moments.shape == (2, 4, 16, 16)
+    assert rows_files(fresh)["moments-64x64.rows"] == before["moments-64x64.rows"]  # and back again costs nothing
+    other = source / "vae"
+    shutil.copytree(PIPELINE / "vae", other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    precompute(fresh, pictures, "--pretrained_vae_model_name_or_path", other)
+    assert f"{PICTURES} pictures and 0 captions" in capsys.readouterr().out
+    assert Cache(fresh / "cache").manifest["vae"]["name"] == str(other)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Two rows at a time, so that eight pictures have a middle."""
+    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
+
+
+@pytest.mark.parametrize("torn", [0, 1, 35])
+def test_what_a_kill_leaves_is_finished_to_the_same_bytes(torn, pictures, tmp_path, small_batches):
+    """No manifest, keys that end in the middle of one, rows behind the last key that count for nothing."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    precompute(whole, pictures)
+    shutil.copytree(whole, killed)
+    for name in ("manifest.json", "index.npy", "names.txt"):
+        (killed / "cache" / name).unlink()
+    for name, committed in (("captions", 1 + 2 * 2), ("moments-64x64", 2)):
+        rows, keys = (killed / "cache" / f"{name}.{kind}" for kind in ("rows", "keys"))
+        row_bytes = rows.stat().st_size // (keys.stat().st_size // 36)
+        os.truncate(keys, 36 * committed + torn)
+        with open(rows, "r+b") as file:
+            file.seek(row_bytes * committed)
+            file.write(b"\xff" * (row_bytes + 100))
+            file.truncate()
+    precompute(killed, pictures)
+    assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize("committed", [2, 4])
+def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
+    """A real process; the same command then goes on and ends with the same bytes."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    precompute(whole, pictures)
+    process = Forked("data.precompute", ("--output_dir", killed, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log")
+    keys = killed / "cache" / "moments-64x64.keys"
+    when(lambda: keys.exists() and keys.stat().st_size >= 36 * committed, process)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "cache" / "manifest.json").exists()
+    precompute(killed, pictures)
+    assert content(killed) == content(whole)
+
+
+def test_two_folders_have_the_same_bytes(run, pictures, tmp_path):
+    precompute(tmp_path / "other", pictures)
+    assert content(tmp_path / "other") == content(run.folder)
+
+
+def test_random_flip_caches_the_mirror_image(pictures, tmp_path):
+    precompute(tmp_path / "run", pictures, "--random_flip", "--max_train_samples", 3)
+    cache = Cache(tmp_path / "run" / "cache")
+    vae = VAE(Model(str(PIPELINE)), "no").load(torch.device("cpu"))
+    plain, mirrored = (cache.batch(range(3), np.full(3, m), np.zeros(3, bool)) for m in (False, True))
+    for i in range(3):
+        image = read_rgb((pictures / f"{i:03d}.png").read_bytes(), "x").resize((64, 64), Image.Resampling.LANCZOS)
+        pixels = np.stack([np.asarray(image), np.asarray(image)[:, ::-1]])
+        wanted = vae(torch.from_numpy(pixels.copy())).numpy()
+        np.testing.assert_allclose(plain["mean"][i], wanted[0, 0], rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(mirrored["mean"][i], wanted[1, 0], rtol=1e-2, atol=1e-2)
+    assert not np.allclose(plain["mean"], mirrored["mean"], atol=0.05)
+
+
+def test_without_random_flip_the_mirrored_picture_is_the_picture(run):
+    cache = Cache(run.folder / "cache")
+    assert (cache.index["picture"] == cache.index["mirrored"]).all()
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_unconditional_is_the_models_own(zeros, source, tmp_path):
+    """SDXL's pipeline uses zeros where its index says so, else the empty prompt; caption dropout must train that very one."""
+    model = tmp_path / "model"
+    shutil.copytree(PIPELINE, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | dict(force_zeros_for_empty_prompt=zeros)))
+    precompute(tmp_path / "run", source, "--pretrained_model_name_or_path", model, "--max_train_samples", 2)
+    cache = Cache(tmp_path / "run" / "cache")
+    batch = cache.batch([0], np.zeros(1, bool), np.ones(1, bool))
+    text, pooled = TextEncoders(Model(str(PIPELINE)), "no").load(torch.device("cpu"))([""])
+    factor = 0 if zeros else 1
+    np.testing.assert_allclose(batch["text"], text.numpy() * factor, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(batch["pooled"], pooled.numpy() * factor, rtol=2e-3, atol=2e-3)
+
+
+def test_a_bad_picture_is_named_before_anything_is_encoded(source, tmp_path, no_encoders):
+    (source / "003.png").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"row 3 \(003.png\): not a picture"):
+        precompute(tmp_path / "run", source)
+
+
+def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, tmp_path, monkeypatch):
+    real = VAE._encode
+    monkeypatch.setattr(VAE, "_encode", lambda self, pixels: real(self, pixels) * torch.tensor([1, 1, torch.nan] + [1] * 20)[: len(pixels)].view(-1, 1, 1, 1, 1))
+    with pytest.raises(NumbersError, match=r"row 2 \(002.png\): the VAE gives numbers that are not finite"):
+        precompute(tmp_path / "run", source)
+    assert not (tmp_path / "run" / "cache" / "manifest.json").exists()
+    assert not lines(tmp_path / "run" / "cache" / "moments-64x64.keys")
+
+
+def test_a_long_caption_is_counted_with_an_example(source, tmp_path, capsys):
+    edit_captions(source, lambda rows: [dict(row, text="foxes and birds " * 60 + str(i)) if i < 2 else row for i, row in enumerate(rows)])
+    precompute(tmp_path / "run", source)
+    assert "2 captions are longer than CLIP reads" in capsys.readouterr().out
+
+
+def test_a_resolution_that_does_not_fit_the_vae_is_refused_at_the_door(tmp_path, pictures):
+    with pytest.raises(UserError, match="--resolution 100: must be a multiple of 64"):
+        precompute(tmp_path / "run", pictures, "--resolution", 100)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_manifest_says_what_the_next_stages_need(run):
+    manifest = Cache(run.folder / "cache").manifest
+    assert manifest["model"]["name"] == manifest["vae"]["name"] == str(PIPELINE)
+    assert manifest["resolution"] == 64 and manifest["rows"] == PICTURES
+    assert manifest["scaling_factor"] == json.loads((PIPELINE / "vae" / "config.json").read_text())["scaling_factor"]
+    assert len(manifest["content"]) == len(hashlib.sha256().hexdigest())

@@ -1,0 +1,32 @@
+"""README says what the code does: every flag with its default and meaning, and no file that is not there."""
+
+import re
+from dataclasses import MISSING, fields
+
+import pytest
+from conftest import ROOT
+
+from data.flags import COMMANDS
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_in_the_table_of_its_command(command):
+    table = README.split(f"**`python -m {command}`**")[1].split("\n\n")[1]
+    rows = {cells[1].strip(): [c.strip() for c in cells[2:4]] for line in table.splitlines()[2:] if (cells := line.split("|"))}
+    wanted = {}
+    for f in fields(COMMANDS[command]):
+        default = (
+            "required" if f.default is MISSING else "off" if f.default is False else "" if f.default is None else f"`{f.default}`"
+        )
+        wanted[f"`--{f.name}`"] = [default, f.metadata["meaning"]]
+    assert rows == wanted
+
+
+def test_links_and_targets_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
