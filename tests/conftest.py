@@ -26,13 +26,12 @@ from tqdm import tqdm
 from data import flags, safe
 from lora.inject import inject
 
-# Forked below: tqdm's own lock is shared between processes, and one that is killed while it holds it stops all others.
-tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0
+tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
 tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -113,7 +112,9 @@ def settings(command, **values):
 
 def start(*argv, **popen):
     """python -m argv in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen
+    )
 
 
 def command(*argv, code=0, **popen):

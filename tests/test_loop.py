@@ -50,7 +50,9 @@ def again(run, tmp_path, name):
 
 def test_three_steps_equal_a_plain_loop(fresh, unet):
     """Accumulation, loss, clipping, AdamW and what the UNet is told, written out with diffusers and torch alone."""
-    values = dict(rank=4, lora_alpha=6.0, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=3, max_grad_norm=0.05)
+    values = dict(
+        rank=4, lora_alpha=6.0, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=3, max_grad_norm=0.05
+    )
     values |= dict(mixed_precision="no", max_train_steps=3, proportion_empty_prompts=0.3, noise_offset=0.1, output_dir=str(fresh))
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
     here("train", *flags)
@@ -65,7 +67,9 @@ def test_three_steps_equal_a_plain_loop(fresh, unet):
         for slot in range(2):
             b = loop.draw(cache, settings("train", **values), SIGNAL, step, slot)
             noisy = scheduler.add_noise(b["x0"], b["eps"], b["t"])
-            predicted = unet(noisy, b["t"], b["text"].float(), added_cond_kwargs=dict(text_embeds=b["pooled"].float(), time_ids=b["time_ids"])).sample
+            predicted = unet(
+                noisy, b["t"], b["text"].float(), added_cond_kwargs=dict(text_embeds=b["pooled"].float(), time_ids=b["time_ids"])
+            ).sample
             total = total + torch.nn.functional.mse_loss(predicted, b["eps"]) / 2
         total.backward()
         losses.append(total.item())
@@ -96,7 +100,17 @@ def test_the_learning_rate_is_the_schedulers(schedule, warmup, fresh):
     for _ in range(STEPS):
         wanted.append(optimizer.param_groups[0]["lr"])
         optimizer.step(), theirs.step()
-    train(fresh, "--lr_scheduler", schedule, "--lr_warmup_steps", warmup, "--gradient_accumulation_steps", 1, "--train_batch_size", 1)
+    train(
+        fresh,
+        "--lr_scheduler",
+        schedule,
+        "--lr_warmup_steps",
+        warmup,
+        "--gradient_accumulation_steps",
+        1,
+        "--train_batch_size",
+        1,
+    )
     assert [m["lr"] for m in metrics(fresh)] == pytest.approx(wanted)
 
 
@@ -143,7 +157,9 @@ def test_eight_bit_adam_on_the_flat_vector_equals_one_tensor_at_a_time():
 
 
 def draw(run, step=0, slot=0, **values):
-    return loop.draw(Cache(run.folder / "cache"), settings("train", **{"train_batch_size": 4, "seed": 1} | values), SIGNAL, step, slot)
+    return loop.draw(
+        Cache(run.folder / "cache"), settings("train", **{"train_batch_size": 4, "seed": 1} | values), SIGNAL, step, slot
+    )
 
 
 def test_each_switch_changes_its_own_numbers_alone(run):
@@ -238,6 +254,7 @@ def test_kill_9_at_a_step_and_run_again(step, fresh, run, tmp_path):
     same_as_uninterrupted(fresh, run)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(fresh, run, tmp_path):
     for step in (1, 3, 5):
         process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 1), tmp_path / "log")
@@ -299,7 +316,9 @@ def test_the_damaged_newest_state_falls_back_to_the_same_end(run, tmp_path, caps
     same_as_uninterrupted(folder, run)
 
 
-@pytest.mark.parametrize("change", [("--rank", 5), ("--seed", 43), ("--lora_alpha", 4), ("--train_batch_size", 1), ("--mixed_precision", "bf16")])
+@pytest.mark.parametrize(
+    "change", [("--rank", 5), ("--seed", 43), ("--lora_alpha", 4), ("--train_batch_size", 1), ("--mixed_precision", "bf16")]
+)
 def test_a_changed_run_is_refused_naming_the_field(change, run, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(run.folder, folder)
@@ -336,7 +355,9 @@ def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
     with open(moments.keys_path, "r+b") as file:
         file.seek(at * 36 + 32)
         file.write(struct.pack("<I", zlib.crc32(row)))
-    with pytest.raises(NumbersError, match=rf"the loss is nan at step {seen + 1}, .*row {bad} .*timesteps \[\d+, \d+, \d+, \d+\]"):
+    with pytest.raises(
+        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*row {bad} .*timesteps \[\d+, \d+, \d+, \d+\]"
+    ):
         train(fresh, "--checkpointing_steps", 1)
     assert [m["step"] for m in metrics(fresh)] == list(range(1, seen + 1))
     assert not (fresh / "lora.safetensors").exists()
@@ -386,6 +407,7 @@ def test_a_skipped_step_changes_no_weight(fresh, loss_scale, unet):
     assert torch.equal(vector(fresh, 2), inject(unet, 4, 6.0, seed=42).vector)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_among_overflows_equals_one_that_was_not_stopped(fresh, tmp_path, loss_scale):
     """The scale is in the state: started anew it would overflow again."""
     loss_scale(2.0**24)
@@ -397,6 +419,7 @@ def test_a_run_resumed_among_overflows_equals_one_that_was_not_stopped(fresh, tm
     assert [m["loss_scale"] for m in metrics(fresh)] == [m["loss_scale"] for m in metrics(other)]
 
 
+@pytest.mark.slow
 def test_overflows_without_end_stop_the_run(fresh, loss_scale):
     loss_scale(2.0**100)
     with pytest.raises(NumbersError, match=r"overflowed fp16 20 times in a row, last at step 20, row \d"):
