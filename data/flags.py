@@ -55,7 +55,7 @@ class Train:
     snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
     noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
     proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the model's unconditional embedding", at_least=0, at_most=1)
-    seed: int = flag(42, "all randomness is a function of (seed, step, slot)", at_least=0)
+    seed: int = flag(42, "all randomness is a function of (seed, step, slot)", at_least=0, at_most=2**63 - 1)
     mixed_precision: str = flag("fp16", "base weights and activations; LoRA weights are fp32 always", choices=PRECISIONS)
     gradient_checkpointing: bool = flag(False, "recompute every block's activations: less memory, about a third slower")
     use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit in place of torch's AdamW")
@@ -77,7 +77,7 @@ class Infer:
     num_inference_steps: int = flag(25, "sampler steps", at_least=1)
     guidance_scale: float = flag(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
     lora_scale: float = flag(1.0, "strength of the LoRA; 0 is the base, bit for bit")
-    seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0)
+    seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
 COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}

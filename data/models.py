@@ -24,7 +24,7 @@ class Part:
     variant: str | None = None
 
     def config(self, name="config.json"):
-        return json.loads((self.folder / name).read_text())
+        return _read_json(self.folder / name)
 
     def fingerprint(self):
         """16 hex digits over the content: renaming the folder changes nothing, changing one weight does."""
@@ -72,10 +72,7 @@ class Model:
 
     def index(self):
         """model_index.json."""
-        path = self._root([]) / "model_index.json"
-        if not path.is_file():
-            raise UserError(f"{self.name}: no model_index.json in it; an SDXL model in diffusers' layout is needed")
-        return json.loads(path.read_text())
+        return _read_json(self._root([]) / "model_index.json")
 
     def public_name(self):
         """What may be published: the hub id, or a fingerprint of the UNet in place of a local path."""
@@ -107,21 +104,30 @@ def load(kind, part, dtype, device):
     fp32 numbers for SDXL's UNet, more than a free Colab machine has.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with torch.device("meta"):
         model = kind.from_config(part.config())
     weights = {}
-    for file in _weights(part.folder, part.variant):
-        weights.update({name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()})
     try:
+        for file in _weights(part.folder, part.variant):
+            weights.update({name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()})
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{part.folder}: its weights do not fit its config ({str(error).splitlines()[1].strip()})") from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).split("\n")[-1].strip()
+        raise UserError(f"{part.folder}: its weights are damaged or do not fit its config ({reason})") from None
     return model.eval().requires_grad_(False)
 
 
 PARTS = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not there or damaged ({error}); an SDXL model in diffusers' layout is needed") from None
 
 
 def _patterns(folder, variant, stem):

@@ -71,6 +71,9 @@ def inject(unet, rank, alpha, seed=0):
     Call it when the UNet is on its device: moving it afterwards would tear the views from the vector.
     """
     found = targets(unet)
+    widest = max(min(base.in_features, base.out_features) for _, base in found)
+    if rank > widest:
+        raise UserError(f"rank {rank} is more than the widest layer's {widest}: no longer low-rank; use a smaller one")
     unet.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers = {name: LoRALinear(base, rank, alpha, generator) for name, base in found}

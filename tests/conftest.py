@@ -1,6 +1,7 @@
 """What several tests share: the toy's small SDXL, full SDXL without memory, the real commands, and one finished run."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -77,11 +78,14 @@ def sdxl_unet():
 
 
 def unet_inputs(batch=2, side=8, seed=0):
-    """Random inputs of the toy's UNet, (positional, keyword)."""
+    """Random inputs of the toy's UNet, (positional, keyword), of the widths that its config asks for."""
+    config = json.loads((PIPELINE / "unet" / "config.json").read_text())
+    pooled_width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     g = torch.Generator().manual_seed(seed)
     xt = torch.randn(batch, 4, side, side, generator=g)
     t = torch.randint(1000, (batch,), generator=g)
-    text, pooled = torch.randn(batch, 77, 128, generator=g), torch.randn(batch, 64, generator=g)
+    text = torch.randn(batch, 77, config["cross_attention_dim"], generator=g)
+    pooled = torch.randn(batch, pooled_width, generator=g)
     time_ids = torch.tensor([[300, 200, 0, 32, 128, 128]] * batch)
     return (xt, t, text), dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids))
 

@@ -90,9 +90,9 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
 
 
 def test_pictures_of_an_earlier_call_with_more_prompts_go(trained):
-    compare(trained, "one", "two", "three")
+    compare(trained, "one", "two", num_inference_steps=1)
     (trained / "compare" / "notes.png").write_bytes((trained / "compare" / "grid.png").read_bytes())
-    assert set(compare(trained, "one")) == {"baseline_0.png", "finetuned_0.png", "grid.png", "notes.png"}
+    assert set(compare(trained, "one", num_inference_steps=1)) == {"baseline_0.png", "finetuned_0.png", "grid.png", "notes.png"}
 
 
 def test_the_report(run):
@@ -148,16 +148,18 @@ def test_a_lora_of_another_base_is_said(run, trained, tmp_path, capsys):
     shutil.copytree(PIPELINE, other)
     config = other / "unet" / "config.json"
     config.write_text(config.read_text() + " ")
-    compare(trained, "x", base_model=other)
+    compare(trained, "x", base_model=other, num_inference_steps=1)
     assert "was trained on local-" in capsys.readouterr().out
-    compare(trained, "x")
+    compare(trained, "x", num_inference_steps=1)
     assert "was trained on" not in capsys.readouterr().out
 
 
 def test_a_weights_file_can_be_named(run, trained):
     earlier = compare(trained, PROMPTS[0], lora_path=run.folder / "lora-000002.safetensors")
     first = pictures(run.folder)
-    assert same(earlier["baseline_0.png"], first["baseline_0.png"]) and not same(earlier["finetuned_0.png"], first["finetuned_0.png"])
+    assert same(earlier["baseline_0.png"], first["baseline_0.png"]) and not same(
+        earlier["finetuned_0.png"], first["finetuned_0.png"]
+    )
     with pytest.raises(UserError, match="nothing.safetensors: no such file"):
         compare(trained, PROMPTS[0], lora_path="nothing.safetensors")
 
@@ -165,7 +167,10 @@ def test_a_weights_file_can_be_named(run, trained):
 def test_the_grid_holds_every_picture_at_its_place():
     """Base above, LoRA below, in the order of the prompts; more than eight wrap."""
     colours = [(20 * i, 255 - 20 * i, 7) for i in range(10)]
-    rows = {"base": [Image.new("RGB", (64, 64), c) for c in colours], "LoRA": [Image.new("RGB", (64, 64), (255, 0, c[0])) for c in colours]}
+    rows = {
+        "base": [Image.new("RGB", (64, 64), c) for c in colours],
+        "LoRA": [Image.new("RGB", (64, 64), (255, 0, c[0])) for c in colours],
+    }
     found = np.asarray(grid(rows, [f"a long prompt about number {i} " * 3 for i in range(10)]))
     for label, of in rows.items():
         places = []

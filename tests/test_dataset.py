@@ -45,7 +45,7 @@ def content(found):
     return [(e.image().getpixel((0, 0))[0], e.caption) for e in (found[i] for i in range(len(found)))]
 
 
-CAPTIONS = ["a cat", "Ünïcode, \"quotes\"", "three"]
+CAPTIONS = ["a cat", 'Ünïcode, "quotes"', "three"]
 WANTED = list(enumerate(CAPTIONS))
 
 
@@ -90,7 +90,10 @@ def test_other_columns(tmp_path):
 
 @pytest.mark.parametrize("asked, wanted", [(1, 1), (2, 2), (99, 3)])
 def test_max_train_samples(asked, wanted, tmp_path):
-    assert content(examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), max_train_samples=asked)) == WANTED[:wanted]
+    assert (
+        content(examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), max_train_samples=asked))
+        == WANTED[:wanted]
+    )
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
@@ -136,7 +139,10 @@ def test_nothing_found_is_named(tmp_path):
         examples(dataset_name="nobody/nothing")
 
 
-@pytest.mark.parametrize("text, message", [("not json\n", "metadata.jsonl, row 0"), ('{"text": "x"}\n', "file_name.* which has text"), ("[1]\n", "row 0")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("not json\n", "metadata.jsonl, row 0"), ('{"text": "x"}\n', "file_name.* which has text"), ("[1]\n", "row 0")],
+)
 def test_metadata_that_cannot_be_read_is_refused(text, message, tmp_path):
     write_metadata(tmp_path / "d", CAPTIONS)
     (tmp_path / "d" / "metadata.jsonl").write_text(text)
@@ -159,7 +165,9 @@ def test_metadata_that_names_a_missing_file_is_refused(tmp_path):
 
 def test_a_folder_with_a_csv(tmp_path):
     write_images(tmp_path / "d", CAPTIONS)
-    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\n' + "".join(f'{i:02d}.png,"{c.replace(chr(34), chr(34) * 2)}"\n' for i, c in WANTED))
+    (tmp_path / "d" / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f'{i:02d}.png,"{c.replace(chr(34), chr(34) * 2)}"\n' for i, c in WANTED)
+    )
     assert content(examples(train_data_dir=str(tmp_path / "d"))) == WANTED
 
 

@@ -57,10 +57,12 @@ def test_a_captions_embedding_does_not_depend_on_its_batch(texts):
         torch.testing.assert_close(part, torch.cat(parts), rtol=1e-4, atol=1e-4)
 
 
-def test_time_ids_equal_the_pipelines(pipeline):
+def test_time_ids_equal_the_pipelines(pipeline, texts):
     for size, target in (((300, 600), (1024, 1024)), ((2000, 1100), (832, 1216))):
         ours = time_ids(size, target, "x")
-        theirs = pipeline._get_add_time_ids(ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=64)
+        theirs = pipeline._get_add_time_ids(
+            ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=texts.pooled_shape[0]
+        )
         assert theirs.tolist() == [list(ours)]
         assert ours[:2] == size and ours[4:] == target
 

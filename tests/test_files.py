@@ -208,7 +208,10 @@ REFUSED = {
     "inf": (damage(DOWN, first_value(torch.inf)), DOWN),
     "NaN alpha": (damage(ALPHA, first_value(torch.nan)), ALPHA),
     "integers": (damage(DOWN, lambda t: t.int()), DOWN),
-    "mixed ranks": (lambda p: (damage(DOWN, lambda t: t[:2].contiguous())(p), damage(UP, lambda t: t[:, :2].contiguous())(p)), r"ranks \[2, 4\]"),
+    "mixed ranks": (
+        lambda p: (damage(DOWN, lambda t: t[:2].contiguous())(p), damage(UP, lambda t: t[:, :2].contiguous())(p)),
+        r"ranks \[2, 4\]",
+    ),
     "up of another rank": (damage(UP, lambda t: t[:, :2].contiguous()), r"ranks \[2, 4\]"),
     "mixed alphas": (damage(ALPHA, lambda t: t + 1), r"alphas \[6.0, 7.0\]"),
     "alpha 0": (lambda p: save_file({n: t * 0 if n.endswith("alpha") else t for n, t in load_file(p).items()}, p), "alpha 0"),
@@ -225,7 +228,9 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_unet_stays(case, fi
     with pytest.raises(UserError, match=message) as refusal:
         load(_toy_unet, path)
     assert str(path) in str(refusal.value)
-    assert before == {name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert before == {
+        name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)
+    }
 
 
 def test_a_missing_file_is_named(_toy_unet, tmp_path):

@@ -75,9 +75,9 @@ def test_another_commands_flag_is_answered_with_the_right_one(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_and_missing_flags_are_named(command):
-    for word in ("--nonsense", "--nonsense=3", "--output_di", "-q", "stray"):
-        with pytest.raises(UserError, match=word.split("=")[0]):
-            parse(command, [*NEEDED[command], word])
+    for words in (["--nonsense"], ["--nonsense=3"], ["--output_di", "x"], ["-q"], ["stray"]):
+        with pytest.raises(UserError, match=rf"^{words[0].split('=')[0]}: no such flag"):
+            parse(command, [*NEEDED[command], *words])
     for f in fields(COMMANDS[command]):
         if f.default is MISSING:
             at = NEEDED[command].index(f"--{f.name}")
@@ -96,7 +96,10 @@ def test_defaults_are_those_declared_and_settings_are_frozen(command):
 
 
 def test_values_arrive_with_their_types():
-    train = parse("train", ["--output_dir", "x", "--rank", "8", "--lora_alpha", "4", "--snr_gamma=5", "--use_8bit_adam", "--learning_rate", "1e-4"])
+    train = parse(
+        "train",
+        ["--output_dir", "x", "--rank", "8", "--lora_alpha", "4", "--snr_gamma=5", "--use_8bit_adam", "--learning_rate", "1e-4"],
+    )
     assert (train.rank, train.lora_alpha, train.snr_gamma, train.use_8bit_adam, train.learning_rate) == (8, 4.0, 5.0, True, 1e-4)
     infer = parse("infer", ["--output_dir", "x", "--prompt", "a cat", "two", "--seed", "3", "--prompt", "dogs"])
     assert infer.prompt == ("a cat", "two", "dogs")
@@ -127,7 +130,9 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
         "    except SystemExit as left: print(left.code)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "2\n2\n2\n[]\n", done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr

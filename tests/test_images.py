@@ -97,7 +97,9 @@ def test_one_bit_and_grey():
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **(dict(lossless=True) if kind == "WEBP" else {}))
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **(dict(lossless=True) if kind == "WEBP" else {})
+        )
         assert (pixels(data) == (255, 0, 0)).all()
 
 

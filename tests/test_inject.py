@@ -167,7 +167,9 @@ def test_peft_trains_the_same(unet, _toy_unet):
     from peft import LoraConfig, inject_adapter_in_model
 
     adapters = inject(unet, rank=4, alpha=6.0)
-    theirs = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS)), copy.deepcopy(_toy_unet).requires_grad_(False))
+    theirs = inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS)), copy.deepcopy(_toy_unet).requires_grad_(False)
+    )
     with torch.no_grad():
         for name, layer in adapters.layers.items():
             other = theirs.get_submodule(name)
@@ -191,3 +193,10 @@ def test_peft_trains_the_same(unet, _toy_unet):
     a, b = list(losses(unet, ours, adapters.zero_grad)), list(losses(theirs, peft, peft.zero_grad))
     assert a == pytest.approx(b, rel=1e-5)
     assert a[-1] < 0.95 * a[0]  # it learned, so the agreement is about training
+
+
+def test_a_rank_above_every_layers_width_is_refused(unet):
+    """Before memory is asked for it."""
+    with pytest.raises(UserError, match="rank 99999 is more than"):
+        inject(unet, rank=99999, alpha=1.0)
+    assert not any(isinstance(m, LoRALinear) for m in unet.modules())

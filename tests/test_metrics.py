@@ -41,3 +41,9 @@ def test_a_line_says_what_it_promises(tmp_path):
     assert line["loss"] == 0.5 and line["lr"] == 1e-4 and line["grad_norm"] == 1.0
     assert line["images_per_s"] > 0 and line["s_per_step"] > 0 and line["peak_gib"] > 0.01
     assert abs(line["images_per_s"] * line["s_per_step"] - 4) < 1e-6
+
+
+def test_a_line_that_is_no_json_is_dropped(tmp_path):
+    (tmp_path / "m").write_text("garbage\n")
+    write(tmp_path / "m", 0, 1)
+    assert steps(tmp_path / "m") == [1]

@@ -35,8 +35,10 @@ def test_load_equals_from_pretrained(_toy_unet):
 
 def test_the_variant_is_taken_where_there_is_one(model):
     assert Model(str(model), None, "fp16").part("unet").variant is None
-    weights(model).rename(weights(model, "diffusion_pytorch_model.fp16.safetensors"))
+    shutil.copy(weights(model), weights(model, "diffusion_pytorch_model.fp16.safetensors"))
     assert Model(str(model), None, "fp16").part("unet").variant == "fp16"
+    assert Model(str(model)).part("unet").variant is None
+    weights(model).unlink()
     with pytest.raises(UserError, match="no diffusion_pytorch_model.safetensors in unet/"):
         Model(str(model)).part("unet")
 
@@ -55,7 +57,7 @@ def test_weights_that_do_not_fit_are_refused(model):
     tensors = load_file(weights(model))
     tensors.pop("conv_in.weight")
     save_file(tensors, weights(model))
-    with pytest.raises(UserError, match="unet: its weights do not fit.*conv_in.weight"):
+    with pytest.raises(UserError, match="unet: its weights are damaged or do not fit.*conv_in.weight"):
         load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
 
 
@@ -64,7 +66,7 @@ def test_what_is_missing_is_named(model):
     with pytest.raises(UserError, match="no tokenizer/ in it"):
         Model(str(model)).part("tokenizer")
     (model / "model_index.json").unlink()
-    with pytest.raises(UserError, match="no model_index.json"):
+    with pytest.raises(UserError, match="model_index.json: not there or damaged"):
         Model(str(model)).index()
 
 
@@ -95,3 +97,13 @@ def test_a_local_model_is_pinned_to_its_absolute_path(model, monkeypatch):
     """train may run from another folder than precompute."""
     monkeypatch.chdir(model.parent)
     assert Model("model", None, "fp16").pinned() == Model(str(model), None, "fp16")
+
+
+def test_truncated_weights_and_configs_are_named(model):
+    """A download that was cut: one line, not a traceback out of a library."""
+    weights(model).write_bytes(weights(model).read_bytes()[:1000])
+    with pytest.raises(UserError, match="unet: its weights are damaged"):
+        load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
+    (model / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match="scheduler_config.json: not there or damaged"):
+        Model(str(model)).part("scheduler").config("scheduler_config.json")

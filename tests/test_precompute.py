@@ -231,7 +231,11 @@ def test_a_bad_picture_is_named_before_anything_is_encoded(source, tmp_path, no_
 
 def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, tmp_path, monkeypatch):
     real = VAE._encode
-    monkeypatch.setattr(VAE, "_encode", lambda self, pixels: real(self, pixels) * torch.tensor([1, 1, torch.nan] + [1] * 20)[: len(pixels)].view(-1, 1, 1, 1, 1))
+    monkeypatch.setattr(
+        VAE,
+        "_encode",
+        lambda self, pixels: real(self, pixels) * torch.tensor([1, 1, torch.nan] + [1] * 20)[: len(pixels)].view(-1, 1, 1, 1, 1),
+    )
     with pytest.raises(NumbersError, match=r"row 2 \(002.png\): the VAE gives numbers that are not finite"):
         precompute(tmp_path / "run", source)
     assert not (tmp_path / "run" / "cache" / "manifest.json").exists()
@@ -239,7 +243,9 @@ def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, 
 
 
 def test_a_long_caption_is_counted_with_an_example(source, tmp_path, capsys):
-    edit_captions(source, lambda rows: [dict(row, text="foxes and birds " * 60 + str(i)) if i < 2 else row for i, row in enumerate(rows)])
+    edit_captions(
+        source, lambda rows: [dict(row, text="foxes and birds " * 60 + str(i)) if i < 2 else row for i, row in enumerate(rows)]
+    )
     precompute(tmp_path / "run", source)
     assert "2 captions are longer than CLIP reads" in capsys.readouterr().out
 

@@ -17,7 +17,14 @@ from data import safe
 
 def python(code, *argv, **popen):
     """A process with `code` and without torch: it starts in a tenth of a second."""
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **popen,
+    )
 
 
 def finish(process):
@@ -176,7 +183,9 @@ def test_one_signal_lets_the_work_finish(signum):
     assert signum.name in err  # the user hears that it was understood
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
+)
 def test_a_second_signal_ends_at_once(first, second):
     process = python(LOOP.format(60))
     wait_for(process, "ready")

@@ -87,7 +87,11 @@ def flip(path):
     path.write_bytes(blob)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b"")], ids=["bit", "truncated", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [flip, lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b"")],
+    ids=["bit", "truncated", "empty"],
+)
 def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, tmp_path, capsys):
     """Silently starting from 0 would overwrite a night's work."""
     setup = Setup().step(0)

@@ -1,6 +1,7 @@
 """RUN/metrics.jsonl, one JSON object per optimizer step, and the progress bar."""
 
 import json
+import math
 import resource
 import time
 
@@ -18,7 +19,7 @@ class Metrics:
         if path.exists():  # lines past the state that the run goes on from would stand there twice
             lines = path.read_text().splitlines(keepends=True)
             with atomic_write(path, "w") as file:
-                file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+                file.writelines(line for line in lines if _step(line) <= step)
         self.file = open(path, "a")
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="train")
         self.time = time.perf_counter()
@@ -40,6 +41,14 @@ class Metrics:
     def __exit__(self, *_):
         self.bar.close()
         self.file.close()
+
+
+def _step(line):
+    """The step of a line; infinite for one that a killed writer left half written."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
 def peak_gib(device):
