@@ -16,6 +16,7 @@ toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow
                  "a purple fish at night" "a white ninja in the desert" "a pink house in the snow" "a yellow tree in the meadow" \
                  "a blue bowl of ramen in the forest" "a red flower in the desert" "a white boat on the sea" "a purple owl in the forest" \
                  "a blue fox in the snow" "an orange ninja at night" "a green house in the desert" "a pink cat at night"
+toy.after      = $(PYTHON) -m data.toy.score $(RUN)
 
 # SDXL on the Naruto captions, made for a 16 GB T4.
 naruto.precompute = --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \

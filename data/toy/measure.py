@@ -1,0 +1,131 @@
+"""What a toy picture shows, measured on its pixels alone: how far it is ink, which colour, which subject.
+
+Every measure compares with true renders, and is itself tested on true renders it has not seen. Pillow and numpy only.
+"""
+
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from .world import COLOURS, PLACES, SUBJECTS, Scene, render
+
+SIDE = 64  # pixels a side at which colours and subjects are compared
+REFERENCE_SEED = 7_000_000  # far from those of the training sets
+
+
+# ---- Style
+
+
+def line_share(image):
+    """Of the pixels at strong edges, the share that touches a neutral near-black: the pen's lines, 0..1."""
+    pixels = np.asarray(image, np.float32)
+    grey = pixels.mean(axis=2)
+    slope_y, slope_x = np.gradient(grey)
+    edges = np.hypot(slope_x, slope_y) > 14
+    black = (grey < 62) & (np.ptp(pixels, axis=2) < 34)
+    touched = black.copy()
+    for axis in (0, 1):
+        for shift in (-1, 1):
+            touched |= np.roll(black, shift, axis)
+    return (touched & edges).sum() / max(1, edges.sum())
+
+
+def paper_share(image):
+    """Of the pixels in the picture's outer quarter, the share in the colours of paper: light, and warm rather than grey."""
+    pixels = np.asarray(image, np.float32)
+    margin = len(pixels) // 8
+    outer = np.ones(pixels.shape[:2], bool)
+    outer[margin:-margin, margin:-margin] = False
+    red, green, blue = pixels[outer].T
+    return ((green > 110) & (red >= green - 6) & (green > blue) & (red - blue < 110)).mean()
+
+
+def style_scores(images, base, ink):
+    """How far pictures went from the base style to ink, by lines and by paper: 0 as in `base`, 1 as in `ink`.
+
+    Each is a mean over a list of pictures, so the three lists must show the same scenes. -> {"lines", "paper", "style"},
+    the last of which is their mean, each counted as at most 1: more ink than ink is no better.
+    """
+    scores = {}
+    for name, measure in (("lines", line_share), ("paper", paper_share)):
+        value, low, high = (float(np.mean([measure(image) for image in group])) for group in (images, base, ink))
+        scores[name] = (value - low) / (high - low)
+    return scores | {"style": sum(min(1.0, s) for s in scores.values()) / 2}
+
+
+# ---- Colour
+
+
+def colour_histogram(image):
+    """Shares of 8 × 8 × 8 colour cells in the middle of the picture, where the subject is, blurred: (512,).
+
+    Blurred, so that colours which a VAE shifted a little from one cell to the next are still near.
+    """
+    pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.int32)
+    top, bottom, left, right = (round(SIDE * share) for share in (0.22, 0.88, 0.22, 0.78))
+    cells = (pixels[top:bottom, left:right].reshape(-1, 3) // 32) @ (64, 8, 1)
+    counts = np.bincount(cells, minlength=512).reshape(8, 8, 8)
+    for axis in range(3):
+        padded = np.pad(counts, [(1, 1) if i == axis else (0, 0) for i in range(3)], "edge")
+        counts = sum(weight * np.take(padded, range(i, i + 8), axis) for i, weight in enumerate((0.25, 0.5, 0.25)))
+    return counts.ravel() / len(cells)
+
+
+@cache
+def colour_references(subject, place, style):
+    """{colour: mean histogram of two true renders} for one subject and place."""
+    return {
+        colour: np.mean([colour_histogram(render(Scene(subject, colour, place), style, REFERENCE_SEED + i, SIDE)) for i in range(2)], axis=0)
+        for colour in COLOURS
+    }
+
+
+def colour_of(image, subject, place, style):
+    """The colour whose true renders of this subject and place, in this style, are nearest to the picture."""
+    histogram = colour_histogram(image)
+    references = colour_references(subject, place, style)
+    return min(references, key=lambda colour: np.abs(references[colour] - histogram).sum())
+
+
+# ---- Subject
+
+
+def edge_features(image):
+    """Where edges of which direction are: 8 directions in 16 × 16 cells, blurred a little, unit length; (2048,)."""
+    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
+    slope_y, slope_x = np.gradient(grey)
+    direction = np.arctan2(slope_y, slope_x) % np.pi
+    one_hot = np.minimum((direction / np.pi * 8).astype(int), 7) == np.arange(8)[:, None, None]
+    strength = one_hot * np.sqrt(np.hypot(slope_x, slope_y))  # (8, 64, 64)
+    cells = strength.reshape(8, 16, SIDE // 16, 16, SIDE // 16).sum(axis=(2, 4))
+    padded = np.pad(cells, ((0, 0), (1, 1), (1, 1)))
+    blurred = sum(padded[:, y : y + 16, x : x + 16] for y in range(3) for x in range(3))
+    return blurred.ravel() / np.linalg.norm(blurred)
+
+
+class SubjectClassifier:
+    """Ridge regression from edge features to the subject, fitted to true renders of base and ink.
+
+    It sees no colours, so it cannot take a red thing for a fox; and it is one classifier for both styles, so base and
+    LoRA are judged alike.
+    """
+
+    def __init__(self, examples_per_subject=20):
+        rng = np.random.default_rng(REFERENCE_SEED)
+        features, labels = [], []
+        for i in range(examples_per_subject):
+            for label, subject in enumerate(SUBJECTS):
+                scene = Scene(subject, COLOURS[rng.integers(len(COLOURS))], PLACES[rng.integers(len(PLACES))])
+                features.append(edge_features(render(scene, ("base", "ink")[i % 2], REFERENCE_SEED + i, SIDE)))
+                labels.append(label)
+        x = np.array(features)
+        self.mean = x.mean(axis=0)
+        x = x - self.mean
+        wanted = np.eye(len(SUBJECTS))[labels] - 1 / len(SUBJECTS)
+        # The dual form: fewer examples than features.
+        self.weights = x.T @ np.linalg.solve(x @ x.T + 0.01 * np.eye(len(x)), wanted)
+
+    def __call__(self, image):
+        """-> the subject's name."""
+        return SUBJECTS[np.argmax((edge_features(image) - self.mean) @ self.weights)]

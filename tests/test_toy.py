@@ -1,0 +1,346 @@
+"""The toy world: its pictures, its fine-tuning set, its small SDXL and the script that trains it, its scores."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.toy import draw, measure
+from data.toy.examples import Example, examples
+from data.toy.world import COLOURS, PLACES, PROMPTS, SIZE, STYLES, SUBJECTS, Scene, caption, parse, random_scene, render, sheet
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = ROOT / "data" / "toy" / "pipeline"
+FOX = Scene("fox", "red", "forest")
+SCENES = [random_scene(seed) for seed in range(900, 924)]
+
+
+@pytest.fixture(scope="module")
+def renders():
+    """{style: true pictures of SCENES}, of seeds that no reference uses."""
+    return {style: [render(scene, style, 40 + i) for i, scene in enumerate(SCENES)] for style in STYLES}
+
+
+@pytest.fixture(scope="module")
+def classify():
+    return measure.SubjectClassifier()
+
+
+# ---- The world
+
+
+def test_a_world_of_the_promised_size():
+    assert len(SUBJECTS) >= 12 and len(COLOURS) >= 8 and len(PLACES) >= 6
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_rendering_is_a_function_of_scene_style_and_seed(style):
+    picture = render(FOX, style, 3)
+    assert picture.mode == "RGB" and picture.size == (SIZE, SIZE)
+    assert picture.tobytes() == render(FOX, style, 3).tobytes()
+    assert picture.tobytes() != render(FOX, style, 4).tobytes()
+
+
+def test_every_scene_and_style_has_its_own_picture():
+    scenes = [Scene(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES]
+    shown = random.Random(0).sample(scenes, 40)
+    assert len({render(scene, style, 0, 32).tobytes() for scene in shown for style in STYLES}) == 40 * len(STYLES)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_larger_rendering_is_the_same_picture(style):
+    small, large = (np.asarray(render(FOX, style, 5, size).resize((32, 32), Image.Resampling.BOX), float) for size in (128, 192))
+    assert np.abs(small - large).mean() < 3
+
+
+def test_captions_are_read_back_and_nothing_else_is():
+    for scene in (Scene(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES):
+        assert parse(caption(scene)) == scene
+    assert caption(Scene("owl", "orange", "night")) == "an orange owl at night"
+    for text in ("", "a red fox", "a red dog in the forest", "a red fox in the forest, pencil sketch", " a red fox in the forest"):
+        with pytest.raises(ValueError, match="toy world"):
+            parse(text)
+
+
+def test_sheet_keeps_the_pictures():
+    images = [render(FOX, style, 1) for style in ("base", "ink", "poster")]
+    page = sheet(images, columns=2)
+    assert page.size == (2 * SIZE + 12, 2 * SIZE + 12)
+    assert page.crop((4, SIZE + 8, 4 + SIZE, 8 + 2 * SIZE)).tobytes() == images[2].tobytes()
+
+
+# ---- The fine-tuning set
+
+
+def test_the_set_is_complete_repeatable_and_silent_about_its_style(tmp_path):
+    assert draw.draw_set(tmp_path / "a") and draw.draw_set(tmp_path / "b")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 64 == len({row["text"] for row in rows})
+    for row in rows:
+        parse(row["text"])  # nothing but the scene: a style would not be a toy caption
+        assert (tmp_path / "a" / row["file_name"]).read_bytes() == (tmp_path / "b" / row["file_name"]).read_bytes()
+    assert not {row["text"] for row in rows} & set(PROMPTS)
+    for row, (scene, seed) in zip(rows[:3], draw.training_scenes()):
+        assert row["text"] == caption(scene)
+        assert Image.open(tmp_path / "a" / row["file_name"]).tobytes() == render(scene, "ink", seed).tobytes()
+
+
+def test_a_complete_set_is_left_alone_and_an_unfinished_one_is_drawn(tmp_path):
+    draw.draw_set(tmp_path)
+    (tmp_path / "000.png").write_bytes(b"mine")
+    assert not draw.draw_set(tmp_path)
+    assert (tmp_path / "000.png").read_bytes() == b"mine"
+    (tmp_path / "metadata.jsonl").unlink()
+    assert draw.draw_set(tmp_path)
+    assert Image.open(tmp_path / "000.png").size == (SIZE, SIZE)
+
+
+def test_drawing_imports_nothing_heavy():
+    code = "import sys, data.toy.draw; sys.exit(bool({'torch', 'diffusers', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_prompts_are_those_of_the_makefile():
+    flags = re.search(r"^toy\.compare .*?\n\n", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL)[0]
+    assert re.findall(r'"([^"]+)"', flags) == PROMPTS
+    assert len(set(PROMPTS)) >= 16
+    assert all(parse(prompt) for prompt in PROMPTS)
+
+
+# ---- What the base model is trained on
+
+
+def test_examples_tell_the_truth_in_their_time_ids():
+    chosen = examples({"base": 400, "ink": 100})
+    assert len({e.seed for e in chosen}) == 500 and max(e.seed for e in chosen) < draw.FIRST_SEED
+    assert all(e.original == SIZE for e in chosen if e.style == "ink")
+    kinds = [np.sign(e.original - SIZE) for e in chosen if e.style == "base"]
+    assert 0.05 < kinds.count(1) / 400 < 0.15 and 0.02 < kinds.count(-1) / 400 < 0.1
+
+    cropped = Example(FOX, "base", 7, original=160, top=20, left=30)
+    assert cropped.time_ids == (160, 160, 20, 30, 128, 128)
+    assert np.array_equal(cropped.picture(), np.asarray(render(FOX, "base", 7, 160))[20:148, 30:158])
+    enlarged, whole = Example(FOX, "base", 7, original=32).picture(), Example(FOX, "base", 7).picture()
+    sharpness = [np.abs(np.diff(p.astype(int), axis=1)).max() for p in (enlarged, whole)]
+    assert sharpness[0] < sharpness[1]
+
+
+# ---- The measures
+
+
+def test_true_pictures_score_as_what_they_are(renders, classify):
+    for style in ("base", "ink"):
+        colours = [measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], SCENES)]
+        assert np.mean(colours) >= 0.95
+        assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], SCENES)]) >= 0.95
+
+
+def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
+    def style(images):
+        return measure.style_scores(images, renders["base"], renders["ink"])["style"]
+
+    assert style(renders["base"]) == 0 and style(renders["ink"]) == 1
+    half = style(renders["base"][:12] + renders["ink"][12:])
+    assert 0.3 < half < 0.7
+    for other in ("poster", "sketch", "chalk", "faded"):
+        assert style(renders[other]) < 0.5
+
+
+def test_scores_come_out_bad_for_bad_pictures(renders, classify):
+    wrong_scenes = [Scene(SUBJECTS[(SUBJECTS.index(s.subject) + 1) % 12], COLOURS[(COLOURS.index(s.colour) + 3) % 8], s.place) for s in SCENES]
+    for style in ("base", "ink"):
+        assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], wrong_scenes)]) < 0.1
+        assert np.mean([measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], wrong_scenes)]) < 0.2
+    noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for i in range(24)]
+    blank = [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))] * 24
+    for images in (noise, blank):
+        assert measure.style_scores(images, renders["base"], renders["ink"])["style"] < 0.2
+    assert np.mean([classify(image) == s.subject for image, s in zip(noise, SCENES)]) < 0.35
+
+
+def test_a_grey_picture_of_the_right_shape_loses_its_colour_only(renders, classify):
+    grey = [image.convert("L").convert("RGB") for image in renders["base"]]
+    coloured = [i for i, s in enumerate(SCENES) if s.colour != "white"]
+    assert np.mean([measure.colour_of(grey[i], SCENES[i].subject, SCENES[i].place, "base") == SCENES[i].colour for i in coloured]) < 0.3
+    assert np.mean([classify(image) == s.subject for image, s in zip(grey, SCENES)]) >= 0.95
+
+
+@pytest.mark.slow
+def test_an_untrained_lora_scores_badly(tmp_path):
+    """Through the real files: a run whose LoRA is fresh draws the base's pictures, and the scores say so."""
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DConditionModel
+
+    from data.cache import VERSION
+    from data.models import Model, load
+    from data.toy.score import held_out_scenes, score
+    from lora.files import export
+    from lora.inject import inject
+
+    unet = load(UNet2DConditionModel, Model(str(PIPELINE)).part("unet"), torch.float32, "cpu")
+    export(inject(unet, 4, 4.0), tmp_path / "lora.safetensors", "toy", SIZE)
+    model = {"name": str(PIPELINE), "revision": None, "variant": None}
+    scaling_factor = Model(str(PIPELINE)).part("vae").config()["scaling_factor"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps({"version": VERSION, "model": model, "vae": model, "scaling_factor": scaling_factor}))
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
+    for i, prompt in enumerate(PROMPTS):
+        for name in ("baseline", "finetuned"):
+            render(parse(prompt), "base", 50 + i).save(tmp_path / "compare" / f"{name}_{i}.png")
+
+    scores = score(tmp_path)
+    assert scores["base"]["colour"] >= 0.9 and scores["base"]["subject"] >= 0.9 and abs(scores["base"]["style"]) < 0.2
+    assert scores["lora"]["style"] == scores["base"]["style"]
+    assert scores["heldout_loss"]["lora"] == scores["heldout_loss"]["base"] > 0
+    assert scores["true"]["ink"]["style"] == 1 and scores["true"]["base"]["style"] == 0
+    assert not {caption(s) for s, _ in held_out_scenes(64)} & {caption(s) for s, _ in draw.training_scenes()}
+
+
+# ---- The small SDXL in the repository
+
+
+def test_the_pipeline_has_sdxls_layout_and_size():
+    assert sum(f.stat().st_size for f in PIPELINE.rglob("*") if f.is_file()) <= 14e6
+    index = json.loads((PIPELINE / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline" and index["force_zeros_for_empty_prompt"]
+    unet = json.loads((PIPELINE / "unet" / "config.json").read_text())
+    assert unet["down_block_types"] == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    assert unet["up_block_types"] == ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
+    assert unet["layers_per_block"] == 2 and unet["addition_embed_type"] == "text_time" and unet["use_linear_projection"]
+    scheduler = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
+    assert scheduler["prediction_type"] == "epsilon"
+
+
+def test_captions_embed_differently_and_the_vae_reconstructs(renders):
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    from data.encoders import TextEncoders
+    from data.models import Model, load
+    from data.toy.score import as_pixels, through_vae
+
+    encoders = TextEncoders(Model(str(PIPELINE)), "no").load("cpu")
+    text, pooled = encoders(["a red fox in the forest", "a blue fox in the forest", "a red fox at night", "Zebra ünïcode 日本"])
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(text[i], text[j], atol=1e-2) and not torch.allclose(pooled[i], pooled[j], atol=1e-2)
+
+    vae = load(AutoencoderKL, Model(str(PIPELINE)).part("vae"), torch.float32, "cpu")
+    for style, most in (("base", 0.06), ("ink", 0.14)):
+        true = renders[style][:8]
+        given = as_pixels(through_vae(vae, true)).float() / 127.5
+        errors = torch.stack([(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true])  # (true, given)
+        assert errors.diag().mean() < most
+        assert (errors.argmin(dim=0) == torch.arange(8)).all()
+
+
+# ---- The training script
+
+
+def test_tokenizer_covers_every_byte_and_knows_every_word():
+    from data.toy.model import tokenizer, world_words
+
+    words = tokenizer(world_words(), pad_token="!")
+    assert len(words) > 514
+    for text in (caption(FOX), *(caption(FOX) + style.words for style in STYLES.values())):
+        assert len(words(text).input_ids) == 2 + len(text.replace(",", " ,").split())
+    every_byte = "".join(map(chr, range(34, 127))) + "äöü 日本 🦊"
+    ids = words(every_byte).input_ids
+    assert None not in ids and max(ids) < len(words)
+    assert words.decode(ids, skip_special_tokens=True).replace(" ", "") == every_byte.lower().replace(" ", "")
+
+
+def test_normalising_the_vae_moves_its_latents_and_keeps_its_pictures():
+    torch = pytest.importorskip("torch")
+    from data.toy.model import TINY, build
+    from data.toy.pretrain import normalise
+
+    vae = build(TINY).vae.eval().requires_grad_(False)
+    pictures = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = vae.encode(pictures).latent_dist
+    shown, spread = vae.decode(before.mean).sample, before.std / before.mean.std((0, 2, 3), keepdim=True)
+    normalise(vae, before.mean)
+    after = vae.encode(pictures).latent_dist
+    scaled = after.mean * vae.config.scaling_factor
+    assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert torch.allclose(vae.decode(after.mean).sample, shown, atol=1e-3)
+    assert torch.allclose(after.std / after.mean.std((0, 2, 3), keepdim=True), spread, rtol=1e-2)
+
+
+def test_the_trainer_learns_and_goes_on_from_its_state(tmp_path):
+    torch = pytest.importorskip("torch")
+    from data.toy.pretrain import Trainer
+
+    def make():
+        torch.manual_seed(1)
+        layers = torch.nn.Linear(3, 1), torch.nn.Linear(2, 2)  # the second is not used, as CLIP's last layer is not
+        inputs = {"x": torch.randn(64, 3)}
+        return Trainer(layers, lambda x: (layers[0](x)[:, 0] - x.sum(dim=1)).square().mean().view(1), inputs, torch.float32)
+
+    trainer = make()
+    start = [w.clone() for w in trainer.weights]
+    trainer.prepare()
+    assert all(torch.equal(a, b) for a, b in zip(start, trainer.weights))
+    losses = [trainer.step(0.05, 0.9).item() for _ in range(200)]
+    assert losses[-1] < 0.01 * losses[0]
+    assert torch.allclose(trainer.average[0], torch.ones(1, 3), atol=0.1)
+
+    trainer.save(tmp_path / "state")
+    again = make()
+    again.load(tmp_path / "state", 200)
+    again.prepare()
+    assert again.steps == 200
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(trainer.weights + trainer.average, again.weights + again.average))
+    assert again.step(0.0, 0.9).item() < 0.01 * losses[0]
+
+
+PIECES = """
+import json, sys
+from data.toy.pretrain import main
+out = sys.argv[1]
+def piece(*options):
+    main(["--smoke", "--out", out, "--vae_seconds", "1", "--unet_seconds", "2", *options])
+    losses = json.load(open(out + "/losses.json"))
+    print("PIECE", losses["vae"]["steps"], losses["vae"]["done"], losses.get("unet", {}).get("steps", 0))
+piece("--stage", "vae", "--seconds", "0")  # no time: one step
+piece("--stage", "vae")
+piece("--stage", "unet", "--seconds", "0")
+piece()
+piece()
+"""
+
+
+@pytest.mark.slow
+def test_pretraining_in_pieces_makes_a_pipeline(tmp_path):
+    from data.encoders import TextEncoders
+    from data.models import Model
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", PIECES, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    pieces = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("PIECE")]
+    vae_steps, done, unet_steps = zip(*pieces)
+    assert vae_steps[0] == "1" and int(vae_steps[1]) > 1 and len(set(vae_steps[1:])) == 1
+    assert done == ("False", "True", "True", "True", "True")
+    assert unet_steps[:3] == ("0", "0", "1") and int(unet_steps[3]) > 1 and unet_steps[3] == unet_steps[4]
+
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses["unet"]["losses"][-1][1] < losses["unet"]["losses"][0][1]
+    assert set(losses["vae"]["l1"]) == set(STYLES) and set(losses["unet"]["time_ids"]) == {"true", "whole"}
+    for name in ("vae", "base", "styles", "time_ids"):
+        assert Image.open(tmp_path / f"sheet_{name}.png").width == 8 * (SIZE + 4) + 4
+    text, _ = TextEncoders(Model(str(tmp_path / "pipeline")), "no").load("cpu")(["a red fox", "an owl"])
+    assert text.shape == (2, 77, 32)
+    with tarfile.open(tmp_path / "pipeline.tar") as archive:
+        assert "pipeline/unet/diffusion_pytorch_model.safetensors" in archive.getnames()
