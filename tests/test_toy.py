@@ -236,7 +236,7 @@ def test_captions_embed_differently_and_the_vae_reconstructs(renders):
             assert not torch.allclose(text[i], text[j], atol=1e-2) and not torch.allclose(pooled[i], pooled[j], atol=1e-2)
 
     vae = load(AutoencoderKL, Model(str(PIPELINE)).part("vae"), torch.float32, "cpu")
-    for style, most in (("base", 0.06), ("ink", 0.14)):
+    for style, most in (("base", 0.03), ("ink", 0.037)):  # mean absolute error, -1..1; it is 0.022 and 0.027
         true = renders[style][:8]
         given = as_pixels(through_vae(vae, true)).float() / 127.5
         errors = torch.stack([(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true])  # (true, given)
