@@ -13,6 +13,7 @@ size changed has another key, so it cannot be taken for what it is not.
 
 import json
 import math
+import mmap
 import os
 import zlib
 from pathlib import Path
@@ -21,13 +22,25 @@ import numpy as np
 
 from data.safe import MachineError, UserError, atomic_write
 
-VERSION = 1
-KEY = np.dtype([("key", "V32"), ("crc", "<u4")])
-INDEX = np.dtype([("picture", "<i4"), ("mirrored", "<i4"), ("caption", "<i4"), ("time_ids", "<i4", (6,))])
+VERSION = 2
+KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
+INDEX = np.dtype(
+    [
+        ("size", "<u2"),  # number of its (height, width) in the manifest's sizes
+        ("picture", "<i4"),  # position in that size's moments
+        ("mirrored", "<i4"),  # the mirror image's; the picture's own without --random_flip
+        ("caption", "<i4"),  # position in captions
+        ("held_out", "?"),  # not for training
+        ("time_ids", "<i4", (6,)),
+        ("mirrored_time_ids", "<i4", (6,)),
+        ("image_digest", "S16"),  # of the file's bytes and of the caption: what a later precompute tells changes by
+        ("caption_digest", "S16"),
+    ]
+)
 
 
 class Rows:
-    """Rows of one shape in one file, fp16, memory-mapped, appended to and found by key.
+    """Rows of one shape in one file, fp16, memory-mapped, found by key.
 
     A row counts from the moment its key is on disk, after its bytes. What lies behind the last key is what a killed
     writer left; it is overwritten.
@@ -42,63 +55,105 @@ class Rows:
     def _open(self):
         count = self.keys_path.stat().st_size // KEY.itemsize if self.keys_path.exists() else 0
         self.keys = np.fromfile(self.keys_path, KEY, count) if count else np.empty(0, KEY)
-        self.positions = None
-        if count and (not self.path.exists() or self.path.stat().st_size < count * self.row_bytes):
-            raise UserError(f"{self.path}: shorter than its {count} rows; delete {self.folder} and run precompute again")
-        self.map = np.memmap(self.path, np.float16, "r", shape=(count, *self.shape)) if count else None
+        size = self.path.stat().st_size if self.path.exists() else 0
+        whole = min(count, size // self.row_bytes)
+        self._file, self.map = None, np.empty((0, *self.shape), np.float16)
+        if whole:
+            with open(self.path, "rb") as file:
+                self._file = mmap.mmap(file.fileno(), whole * self.row_bytes, prot=mmap.PROT_READ)
+            self.map = np.frombuffer(self._file, np.float16).reshape(whole, *self.shape)
+        self._order = None
 
-    def position(self, key):
-        """Where the row of `key` is: what the index stores. None when it is not there."""
-        if self.positions is None:  # only a writer asks
-            self.positions = {record["key"].tobytes(): i for i, record in enumerate(self.keys)}
-        return self.positions.get(key)
+    def __len__(self):
+        return len(self.keys)
 
-    def __contains__(self, key):
-        return self.position(key) is not None
+    def find(self, keys):
+        """Positions (n,) of keys (n,) S32, -1 where there is none."""
+        if self._order is None:
+            self._order = np.argsort(self.keys["key"], kind="stable")
+        if not len(self):
+            return np.full(len(keys), -1)
+        nearest = self._order[np.searchsorted(self.keys["key"], keys, sorter=self._order).clip(max=len(self) - 1)]
+        return np.where(self.keys["key"][nearest] == keys, nearest, -1)
+
+    def read(self, positions):
+        """The rows at `positions`, stacked: a copy. Their pages go back to the system, so that memory does not grow with use."""
+        rows = np.stack([self[position] for position in positions])
+        self._file.madvise(mmap.MADV_DONTNEED)
+        return rows
+
+    def good(self, position):
+        """Whether the row's bytes are those that were written."""
+        return position < len(self.map) and zlib.crc32(self.map[position]) == self.keys["crc"][position]
 
     def __getitem__(self, position):
         """The row as a float16 array. Raises UserError when its bytes are not those that were written."""
-        row = self.map[position]
-        if zlib.crc32(row) != self.keys["crc"][position]:
-            raise UserError(f"{self.path}: row {position} is damaged; delete {self.folder} and run precompute again")
-        return row
+        if not self.good(position):
+            raise UserError(f"{self.path}: row {position} is damaged; run precompute again, it repairs it")
+        return self.map[position]
 
-    def append(self, keys, batches):
-        """Write the rows that `batches` yields, arrays (B, *shape), under `keys` in order; each batch is committed.
+    def write(self, count, batches):
+        """Write the at most `count` rows that `batches` yields as (keys, array (B, *shape)); each batch is committed.
 
-        Raises MachineError, before the first row, when the disk cannot hold them all.
+        A key that is there already has its row written again in its place. Raises MachineError, before the first row, when
+        the disk cannot hold them all.
         """
-        if not keys:
+        if not count:
             return
-        start, size = len(self.keys) * self.row_bytes, len(keys) * self.row_bytes
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as data, open(self.keys_path, "ab") as index:
-            index.truncate(len(self.keys) * KEY.itemsize)  # half a key that a killed writer left
+        size = (len(self) + count) * self.row_bytes
+        with (
+            open(self.path, "r+b" if self.path.exists() else "w+b") as data,
+            open(self.keys_path, "r+b" if self.keys_path.exists() else "w+b") as index,
+        ):
+            index.truncate(len(self) * KEY.itemsize)  # half a key that a killed writer left
             try:  # claim the space first: writing through a map on a full disk kills the process without a word
-                os.posix_fallocate(data.fileno(), start, size)
+                os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
-            data.seek(start)
-            todo = iter(keys)
-            for batch in batches:
+            end = len(self)
+            for keys, batch in batches:
                 batch = np.ascontiguousarray(batch, np.float16)
-                data.write(batch)
-                data.flush()
-                os.fdatasync(data.fileno())
-                index.write(np.array([(next(todo), zlib.crc32(row)) for row in batch], KEY).tobytes())
-                index.flush()
-                os.fdatasync(index.fileno())
+                places = self.find(np.array(keys, "S32"))
+                for i in np.flatnonzero(places < 0):
+                    places[i], end = end, end + 1
+                for file, size, parts in (
+                    (data, self.row_bytes, batch),
+                    (index, KEY.itemsize, np.array([(key, zlib.crc32(row)) for key, row in zip(keys, batch)], KEY)),
+                ):
+                    for place, part in zip(places, parts):
+                        file.seek(int(place) * size)
+                        file.write(part.tobytes())
+                    file.flush()
+                    os.fdatasync(file.fileno())
+            data.truncate(end * self.row_bytes)
         self._open()
 
 
 def write_index(folder, index, names, manifest):
-    """Commit a cache: the index, the names, and last of all the manifest."""
+    """Commit a cache: the index, the names, and last of all the manifest. Without changes, nothing is written."""
     folder = Path(folder)
+    text = json.dumps({"version": VERSION, **manifest}, indent=1)
+    path = folder / "manifest.json"
+    before = read_index(folder)
+    if before and path.read_text() == text and before[0].tobytes() == index.tobytes() and before[1] == names:
+        return
+    path.unlink(missing_ok=True)  # it describes the index that is replaced now
     with atomic_write(folder / "index.npy") as file:
         np.save(file, index)
     with atomic_write(folder / "names.txt", "w") as file:
-        file.writelines(" ".join(name.split()) + "\n" for name in names)
-    with atomic_write(folder / "manifest.json", "w") as file:
-        json.dump({"version": VERSION, **manifest}, file, indent=1)
+        file.writelines(name + "\n" for name in names)
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def read_index(folder):
+    """(index, names of the examples) of a finished cache, None where there is none that can be read."""
+    try:
+        read_manifest(folder)
+        names = (Path(folder) / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        return np.load(Path(folder) / "index.npy"), names
+    except (UserError, OSError, ValueError):
+        return None
 
 
 def read_manifest(folder):
@@ -118,27 +173,39 @@ def read_manifest(folder):
 
 
 class Cache:
-    """A finished cache, open for reading. len(cache) examples; `manifest` says what they were made from."""
+    """A finished cache, open for reading. `manifest` says what it was made from.
+
+    members[i] are the numbers of the examples to train on at size i; len(cache) of them in all.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.index = np.load(self.folder / "index.npy", mmap_mode="r")
-        self.text_shape = self.manifest["text_shape"]
+        try:
+            self.index = np.load(self.folder / "index.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / 'index.npy'}: not there or damaged ({error}); run precompute again") from None
+        self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
-        self.moments = Rows(folder, self.manifest["moments"], self.manifest["moments_shape"])
+        self.moments = [Rows(folder, moments_name(size), shape) for size, shape in zip(self.sizes, self.manifest["moments_shapes"])]
+        size_of, held_out = np.asarray(self.index["size"]), np.asarray(self.index["held_out"])
+        self.members = [np.flatnonzero((size_of == i) & ~held_out) for i in range(len(self.sizes))]
+        if not len(self):
+            raise UserError(f"{self.folder}: all of {len(self.index)} rows are held out; use a smaller --validation_fraction")
 
     def __len__(self):
-        return len(self.index)
+        return sum(map(len, self.members))
 
     def names(self, examples):
         """What the examples are called, for messages."""
-        lines = (self.folder / "names.txt").read_text().splitlines()
+        wanted = set(examples)
+        with open(self.folder / "names.txt", encoding="utf-8") as file:
+            lines = {i: line.rstrip("\n") for i, line in enumerate(file) if i in wanted}
         return [lines[i] for i in examples]
 
     def batch(self, examples, mirrored, empty):
-        """The arrays of B examples, fresh copies.
+        """The arrays of B examples of one size, fresh copies.
 
         mirrored (B,) bool: take the mirror image where one is cached; empty (B,) bool: the unconditional embedding in
         place of the caption's.
@@ -147,12 +214,17 @@ class Cache:
         records = self.index[np.asarray(examples)]
         pictures = np.where(mirrored, records["mirrored"], records["picture"])
         captions = np.where(empty, self.manifest["unconditional"], records["caption"])
-        moments = np.stack([self.moments[i] for i in pictures])
-        flat = np.stack([self.captions[i] for i in captions])
+        moments = self.moments[records["size"][0]].read(pictures)
+        flat = self.captions.read(captions)
         return dict(
             mean=moments[:, 0],
             std=moments[:, 1],
             text=flat[:, : self.text_size].reshape(-1, *self.text_shape),
             pooled=flat[:, self.text_size :],
-            time_ids=records["time_ids"].copy(),
+            time_ids=np.where(np.asarray(mirrored)[:, None], records["mirrored_time_ids"], records["time_ids"]),
         )
+
+
+def moments_name(size):
+    """Of the file that holds the moments of one (height, width)."""
+    return f"moments-{size[0]}x{size[1]}"

@@ -1,8 +1,8 @@
 """Any source of pictures and captions -> a sequence of examples, each read only when asked for."""
 
 import csv
-import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,24 +32,29 @@ class Example:
 
 
 class Examples:
-    """A sequence of Examples over rows: a datasets.Dataset, or a list of dicts whose image is a path."""
+    """A sequence of Examples. read(number) -> (path or None, bytes or None, caption), of `length` rows."""
 
-    def __init__(self, rows, image_column, caption_column, most):
-        self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
-        self.length = min(len(rows), most or len(rows))
+    def __init__(self, read, length, folder=None):
+        self.read, self.length, self.folder = read, length, folder
 
     def __len__(self):
         return self.length
 
+    def name(self, number):
+        """What messages call it: its path below the folder."""
+        path = self.read(number)[0]
+        if not path:
+            return f"row {number}"
+        return os.path.relpath(path, self.folder) if self.folder else Path(path).name
+
     def __getitem__(self, number):
-        row = self.rows[number]
-        image, caption = row[self.image_column], row[self.caption_column]
-        if image is None:
-            raise UserError(f"row {number}: no image in column {self.image_column}")
-        name = f"row {number} ({Path(image['path']).name})" if image["path"] else f"row {number}"
+        path, data, caption = self.read(number)
+        name = self.name(number)
+        if not path and data is None:
+            raise UserError(f"{name}: no image in it")
         if not isinstance(caption, str):
-            raise UserError(f"{name}: its caption is {caption!r}, not text")
-        return Example(name, image["bytes"] or Path(image["path"]), caption)
+            raise UserError(f"{name}: its caption is {repr(caption)[:40]}, not text")
+        return Example(name, Path(path) if data is None else data, caption)
 
 
 def open_examples(settings):
@@ -60,24 +65,27 @@ def open_examples(settings):
     if (settings.dataset_name is None) == (settings.train_data_dir is None):
         raise UserError("give one of --dataset_name and --train_data_dir")
     if settings.dataset_name is not None:
-        flag, image_column = f"--dataset_name {settings.dataset_name}", settings.image_column
-        rows = _dataset(flag, settings.dataset_name, image_column, settings.caption_column)
+        flag = f"--dataset_name {settings.dataset_name}"
+        read, length = _dataset(flag, settings.dataset_name, settings.image_column, settings.caption_column)
     else:
-        flag, image_column = f"--train_data_dir {settings.train_data_dir}", "image"
-        rows = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
-    if not len(rows):
+        flag = f"--train_data_dir {settings.train_data_dir}"
+        read, length = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
+    if not length:
         raise UserError(f"{flag}: no rows in it")
-    return Examples(rows, image_column, settings.caption_column, settings.max_train_samples)
+    return Examples(read, min(length, settings.max_train_samples or length), settings.train_data_dir)
 
 
 def _dataset(flag, name, image_column, caption_column):
-    """A dataset of the hub, or of save_to_disk: split "train", or the only one. -> rows"""
+    """A dataset of the hub, or of save_to_disk: split "train", or the only one. -> (read, length) of Examples"""
     import datasets
+    import pyarrow
 
     datasets.disable_progress_bars()
     saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except IndexError:  # how datasets answers a saved dataset of no rows
+        return None, 0
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{flag}: {reason or type(error).__name__}") from None
@@ -89,49 +97,68 @@ def _dataset(flag, name, image_column, caption_column):
         if column not in loaded.column_names:
             raise UserError(f"{which} {column}: not in the dataset, which has {', '.join(loaded.column_names)}")
     if not len(loaded):  # what follows fails on it inside datasets
-        return []
-    # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
-    return loaded.cast_column(image_column, datasets.Image(decode=False))
+        return None, 0
+    try:  # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
+        rows = loaded.cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"--image_column {image_column}: holds no images ({str(error).splitlines()[0]})") from None
+
+    def read(number):
+        row = rows[number]
+        image = row[image_column] or dict(path=None, bytes=None)
+        return image["path"], image["bytes"], row[caption_column]
+
+    return read, len(rows)
 
 
 def _folder(flag, folder, caption_column):
-    """Images with metadata.jsonl or .csv (datasets' image folder), or each with a .txt. -> rows
+    """Images with metadata.jsonl or .csv (datasets' image folder), or each with a .txt. -> (read, length) of Examples
 
     Read here and not by `datasets`, which drops a row whose file is missing without a word.
     """
     if not folder.is_dir():
         raise UserError(f"{flag}: no such folder")
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if not jsonl.is_file() and not table.is_file():
-        return [_captioned(path, caption_column) for path in _images(flag, folder)]
-    path = jsonl if jsonl.is_file() else table
-    rows = []
+    table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
+    if table is None:
+        paths = _images(flag, folder)
+        captions = [_text_beside(path) for path in paths]
+    else:
+        paths, captions = _table(table, caption_column)
+    return lambda number: (paths[number], None, captions[number]), len(paths)
+
+
+def _table(table, caption_column):
+    """metadata.jsonl or metadata.csv -> (paths, captions)"""
+    paths, captions = [], []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = map(json.loads, filter(str.strip, text.split("\n"))) if path == jsonl else csv.DictReader(io.StringIO(text))
-        for number, line in enumerate(lines):
-            rows.append({"image": dict(path=str(folder / line["file_name"]), bytes=None), caption_column: line[caption_column]})
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file):
+                paths.append(str(table.parent / line["file_name"]))
+                captions.append(line[caption_column])
     except KeyError as error:
         column = error.args[0]
         owner = f"--caption_column {column}" if column == caption_column else column
-        raise UserError(f"{owner}: not in row {number} of {path}, which has {', '.join(map(str, line))}") from None
+        raise UserError(f"{owner}: not in row {len(captions)} of {table}, which has {', '.join(map(str, line))}") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}, row {len(rows)}: {error}") from None
-    missing = [row["image"]["path"] for row in rows if not Path(row["image"]["path"]).is_file()]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} of its files are not there, e.g. {missing[0]}")
-    return rows
+        raise UserError(f"{table}, row {len(captions)}: {error}") from None
+    gone = [path for path in paths if not os.path.isfile(path)]
+    if gone:
+        raise UserError(f"{table}: {len(gone)} of its files are not there, e.g. {gone[0]}")
+    return paths, captions
 
 
 def _images(flag, folder):
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not images:
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
         raise UserError(f"{flag}: no images in it")
-    return images
+    return paths
 
 
-def _captioned(path, caption_column):
-    text = path.with_suffix(".txt")
+def _text_beside(path):
+    text = Path(path).with_suffix(".txt")
     if not text.is_file():
         raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
-    return {"image": dict(path=str(path), bytes=None), caption_column: text.read_text(encoding="utf-8").strip()}
+    try:
+        return text.read_text(encoding="utf-8").strip()
+    except ValueError as error:
+        raise UserError(f"{text}: {error}; save it as UTF-8") from None

@@ -92,25 +92,70 @@ class VAE:
     def load(self, device):
         from diffusers import AutoencoderKL
 
+        torch.backends.cudnn.benchmark = True  # one shape, thousands of times
         self.vae = load(AutoencoderKL, self.part, self.dtype, device)
         self.vae.decoder = None
+        self.vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
         return self
 
-    @torch.inference_mode()
-    def __call__(self, pixels):
-        """pixels uint8 (B, H, W, 3) -> moments fp16 (B, 2, 4, h, w) on the CPU: mean, std, before the scaling factor.
+    def encode(self, batches):
+        """pixels uint8 (B, H, W, 3) tensors -> moments fp16 (B, 2, 4, h, w) on the CPU: mean, std, before the scaling factor.
 
-        A picture that half precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
+        One batch behind: the device works on the next one while this one is fetched. A picture that half precision makes
+        non-finite is encoded again in fp32; what still is not finite the caller refuses.
         """
-        moments = self._encode(pixels)
+        waiting = None
+        for pixels in batches:
+            started = pixels, *self._start(pixels)
+            if waiting:
+                yield self._finish(*waiting)
+            waiting = started
+        if waiting:
+            yield self._finish(*waiting)
+
+    @torch.inference_mode()
+    def _start(self, pixels):
+        """-> (moments on their way to the CPU, a function that waits for them)"""
+        on_gpu = self.vae.device.type == "cuda"
+        x = (pixels.pin_memory() if on_gpu else pixels).to(self.vae.device, non_blocking=True)
+        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(
+            self.vae.dtype, memory_format=torch.channels_last
+        )  # (B, 3, H, W) in -1 .. 1
+        posterior = self.vae.encode(x).latent_dist
+        moments = torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16)
+        if not on_gpu:
+            return moments, lambda: None
+        fetched, arrived = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True), torch.cuda.Event()
+        fetched.copy_(moments, non_blocking=True)
+        arrived.record()
+        return fetched, arrived.synchronize
+
+    @torch.inference_mode()  # what _start made can be written only so
+    def _finish(self, pixels, moments, wait):
+        wait()
         bad = [i for i, m in enumerate(moments) if not m.isfinite().all()]
         if bad and self.dtype != torch.float32:
             self.vae.to(torch.float32)
-            moments[bad] = self._encode(pixels[bad])
+            again, wait = self._start(pixels[bad])
+            wait()
+            moments[bad] = again
             self.vae.to(self.dtype)
         return moments
 
-    def _encode(self, pixels):
-        x = pixels.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in -1 .. 1
-        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16).cpu()
+
+class OneHeadAttention:
+    """The attention in the VAE's middle, for diffusers' set_processor: one head of 512 channels over (H / 8) (W / 8) pixels.
+
+    Flash attention ends at 256 channels. What PyTorch takes instead is slower than two plain products, a block of queries at
+    a time so that the scores stay small: a tenth of the whole encoder's time (tests/bench/NOTES.md).
+    """
+
+    QUERIES = 4096
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        batch, channels, height, width = hidden_states.shape
+        x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # (B, h w, C)
+        q, k, v = attn.to_q(x) * channels**-0.5, attn.to_k(x).transpose(1, 2), attn.to_v(x)
+        mixed = torch.cat([(block @ k).softmax(dim=-1) @ v for block in q.split(self.QUERIES, dim=1)], dim=1)
+        out = attn.to_out[0](mixed).transpose(1, 2).reshape(batch, channels, height, width)
+        return (hidden_states + out) / attn.rescale_output_factor

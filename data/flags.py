@@ -35,7 +35,11 @@ class Precompute:
     caption_column: str = flag("text", "the dataset's column of captions")
     max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1)
     resolution: int = flag(1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64)
+    buckets: bool = flag(False, "keep proportions: shapes up to 2:1 of about resolution² pixels, in steps of 64, in place of the square")
     random_flip: bool = flag(False, "cache each image mirrored as well; training draws one of the two")
+    validation_fraction: float = flag(0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5)
+    skip_bad: bool = flag(False, "leave out rows that cannot be used, and list them in the manifest, in place of stopping")
+    explain: bool = flag(False, "say what would be encoded and why, and do nothing")
     mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
 
 

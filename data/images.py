@@ -4,7 +4,7 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.safe import UserError
 
@@ -43,6 +43,8 @@ def _opened(data, name):
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} is more than {MAX_PIXELS:,} pixels")
             yield image
+    except UnidentifiedImageError:  # its own words hold an address in memory, another one each time
+        raise UserError(f"{name}: not a picture that can be read (no known format); replace or remove it") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: not a picture that can be read ({error}); replace or remove it") from None
 

@@ -21,15 +21,32 @@ def generator(seed, stream, step, slot=0):
     return torch.Generator().manual_seed(int(state[0]))
 
 
-@functools.lru_cache(maxsize=2)
-def _order(seed, epoch, rows):
-    return torch.randperm(rows, generator=generator(seed, "order", epoch)).numpy()
+@functools.lru_cache(maxsize=64)
+def _shuffled(seed, epoch, which, length):
+    return torch.randperm(length, generator=generator(seed, "order", epoch, which)).numpy()
 
 
-def rows(seed, step, slot, slots, batch, length):
-    """The `batch` examples, of `length` in the cache, that micro-batch `slot` of `slots` of optimizer step `step` trains on.
+def rows(seed, step, slot, slots, batch, lengths):
+    """What micro-batch `slot` of `slots` of optimizer step `step` trains on: -> (bucket, `batch` positions in it)
 
-    Every example once per epoch; a micro-batch may take the last ones of one epoch and the first ones of the next.
+    lengths: examples per bucket. A whole step is of one bucket, so that all ranks have it in common. Each bucket's examples
+    come once per epoch, in an order of that epoch. A step takes `slots · batch`; what a bucket has left at an epoch's end it
+    carries into the next one, so a bucket of n has ⌊(e + 1) n / size⌋ - ⌊e n / size⌋ steps in epoch e.
     """
-    first = (step * slots + slot) * batch
-    return [int(_order(seed, i // length, length)[i % length]) for i in range(first, first + batch)]
+    size, n = slots * batch, np.asarray(lengths)
+
+    def steps_before(epoch):
+        return epoch * n // size
+
+    low, high = 0, (step + 1) * size // int(n.max()) + 1
+    while high - low > 1:  # the last epoch that begins at or before this step
+        middle = (low + high) // 2
+        low, high = (middle, high) if steps_before(middle).sum() <= step else (low, middle)
+    first = steps_before(low)
+    order = np.repeat(np.arange(len(n)), steps_before(low + 1) - first)
+    order = order[_shuffled(seed, low, 0, len(order))]
+    here = step - int(first.sum())
+    bucket = int(order[here])
+    begin = int(first[bucket] + (order[:here] == bucket).sum()) * size + slot * batch
+    length = int(n[bucket])
+    return bucket, [int(_shuffled(seed, i // length, 1 + bucket, length)[i % length]) for i in range(begin, begin + batch)]

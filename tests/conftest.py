@@ -286,3 +286,55 @@ def fresh(run, tmp_path):
     folder = tmp_path / "fresh"
     shutil.copytree(run.folder / "cache", folder / "cache")
     return folder
+
+
+# ---- Caches made here
+
+
+@pytest.fixture
+def source(pictures, tmp_path):
+    """A copy of the pictures to change."""
+    shutil.copytree(pictures, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def precompute(run, source, *more):
+    here("data.precompute", "--output_dir", run, "--train_data_dir", source, *PRECOMPUTE, *more)
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
+
+
+def edit_captions(source, change):
+    path = source / "metadata.jsonl"
+    rows = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Two rows at a time, so that eight pictures have a middle."""
+    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
+
+
+@pytest.fixture(scope="session")
+def cached(tmp_path_factory, pictures):
+    """A run's folder with the pictures' cache and nothing else; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("cached") / "run"
+    precompute(folder, pictures)
+    return folder
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What is encoded from here on: captions, and pixels (H, W, 3) of pictures."""
+    from data import precompute
+    from data.encoders import VAE
+
+    done = dict(captions=[], pictures=[])
+    captions, start = precompute.encode_captions, VAE._start
+    monkeypatch.setattr(precompute, "encode_captions", lambda texts, some: (done["captions"].extend(some), captions(texts, some))[1])
+    monkeypatch.setattr(VAE, "_start", lambda self, pixels: (done["pictures"].extend(pixels.numpy()), start(self, pixels))[1])
+    return done

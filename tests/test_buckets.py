@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.buckets import geometry, resize_and_crop, time_ids
+from data.buckets import geometry, nearest, resize_and_crop, sizes, time_ids
 from data.safe import UserError
 
 
-def sizes():
+def some_sizes():
     r = random.Random(0)
     for _ in range(300):
         height = r.randint(1, 3000)
@@ -20,7 +20,7 @@ def sizes():
 def test_the_picture_covers_the_target_and_loses_least():
     """One side fits exactly, the other hangs over evenly, and the proportions stay."""
     for target in ((1024, 1024), (64, 64), (832, 1216)):
-        for size in sizes():
+        for size in some_sizes():
             if max(size) > 16 * min(size):
                 continue
             resized, (top, left) = geometry(size, target, "x")
@@ -62,6 +62,42 @@ def test_any_size_gives_the_target_size(size):
 
 def test_time_ids_are_original_size_crop_and_target_height_first():
     """Width and height swapped, or the crop counted in the original's pixels, would condition on a falsehood."""
-    assert time_ids((300, 600), (1024, 1024), "x") == (300, 600, 0, 512, 1024, 1024)
-    assert time_ids((600, 300), (1024, 512), "x") == (600, 300, 0, 0, 1024, 512)
-    assert time_ids((3000, 1024), (1024, 1024), "x") == (3000, 1024, 988, 0, 1024, 1024)
+    for size, target, wanted in (
+        ((300, 600), (1024, 1024), (300, 600, 0, 512, 1024, 1024)),
+        ((600, 300), (1024, 512), (600, 300, 0, 0, 1024, 512)),
+        ((3000, 1024), (1024, 1024), (3000, 1024, 988, 0, 1024, 1024)),
+    ):
+        assert time_ids(size, target, "x") == (wanted, wanted)
+
+
+def test_the_mirror_image_has_its_own_crop():
+    """An odd pixel to spare lies right of the crop, so left of it in the mirror image."""
+    plain, mirrored = time_ids((64, 67), (64, 64), "x")
+    assert plain == (64, 67, 0, 1, 64, 64) and mirrored == (64, 67, 0, 2, 64, 64)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 67, 3), np.uint8)
+    crop = resize_and_crop(Image.fromarray(pixels), (64, 64), "x")
+    assert np.array_equal(crop[:, ::-1], pixels[:, ::-1][:, mirrored[3] : mirrored[3] + 64])
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 512, 768, 1024])
+def test_shapes_are_within_the_area_the_steps_and_two_to_one(resolution):
+    shapes = sizes(resolution, several=True)
+    assert len(set(shapes)) == len(shapes) and (resolution, resolution) in shapes
+    assert sizes(resolution, several=False) == [(resolution, resolution)]
+    for h, w in shapes:
+        assert h % 64 == w % 64 == 0 and h * w <= resolution**2 and max(h, w) <= 2 * min(h, w) and (w, h) in shapes
+    if resolution == 1024:  # some of those that SDXL was trained at
+        assert {(1024, 1024), (832, 1216), (896, 1152), (768, 1344)} <= set(shapes)
+
+
+def test_the_shape_is_the_one_that_loses_least():
+    """By brute force: no other shape keeps more of the picture, but for those that are as good."""
+    shapes = sizes(1024, several=True)
+
+    def kept(size, shape):
+        scale = max(shape[0] / size[0], shape[1] / size[1])
+        return shape[0] * shape[1] / (size[0] * size[1] * scale**2)
+
+    for size in some_sizes():
+        chosen = shapes[nearest(size, shapes)]
+        assert kept(size, chosen) >= max(kept(size, s) for s in shapes) - 1e-9

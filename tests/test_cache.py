@@ -21,13 +21,21 @@ def values(*numbers):
     return np.stack([np.full(SHAPE, n) + np.arange(15).reshape(SHAPE) / 16 for n in numbers]).astype(np.float16)
 
 
+def batch_of(numbers):
+    return [row_key(n) for n in numbers], values(*numbers)
+
+
+def position(rows, n):
+    return int(rows.find(np.array([row_key(n)], "S32"))[0])
+
+
 def rows(folder):
     return Rows(folder, "things", SHAPE)
 
 
 def fill(folder, *numbers, batch=2):
     made = rows(folder)
-    made.append([row_key(n) for n in numbers], [values(*numbers[i : i + batch]) for i in range(0, len(numbers), batch)])
+    made.write(len(numbers), (batch_of(numbers[i : i + batch]) for i in range(0, len(numbers), batch)))
     return made
 
 
@@ -37,25 +45,24 @@ def files(folder):
 
 def test_rows_come_back_by_key_and_from_a_new_reader(tmp_path):
     made = fill(tmp_path, 4, 9, 1)
-    made.append([row_key(7)], [values(7)])
+    made.write(1, [batch_of([7])])
     for reader in (made, rows(tmp_path)):
-        for position, n in enumerate((4, 9, 1, 7)):
-            assert row_key(n) in reader and reader.position(row_key(n)) == position
-            assert np.array_equal(reader[position], values(n)[0]) and reader[position].dtype == np.float16
-        assert row_key(5) not in reader and reader.position(row_key(5)) is None
+        assert [position(reader, n) for n in (4, 9, 1, 7, 5)] == [0, 1, 2, 3, -1]
+        for i, n in enumerate((4, 9, 1, 7)):
+            assert np.array_equal(reader[i], values(n)[0]) and reader[i].dtype == np.float16
+        assert np.array_equal(reader.read([3, 0, 3]), values(7, 4, 7))
 
 
 def test_nothing_to_append_writes_nothing(tmp_path):
-    rows(tmp_path).append([], [])
+    rows(tmp_path).write(0, [])
     assert not files(tmp_path)
 
 
 def test_a_key_with_zero_bytes_at_its_end_is_found(tmp_path):
     """numpy's bytes type drops them; one sha256 in 256 ends in one."""
     key = b"\1" * 30 + b"\0\0"
-    made = rows(tmp_path)
-    made.append([key], [values(1)])
-    assert key in made and key in rows(tmp_path)
+    rows(tmp_path).write(1, [([key], values(1))])
+    assert rows(tmp_path).find(np.array([key, b"\1" * 30], "S32")).tolist() == [0, 0]  # no digest is shorter
 
 
 @pytest.mark.parametrize("cut_rows", [0, 7, 30, 31, 90])
@@ -73,9 +80,9 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(cut_rows, cut_keys, tmp_
     os.truncate(data, max(committed * 30, data.stat().st_size - cut_rows))  # bytes are written before their key
     again = rows(killed)
     assert len(again.keys) == committed
-    todo = [n for n in (1, 2, 3, 4, 5) if row_key(n) not in again]
+    todo = [n for n in (1, 2, 3, 4, 5) if position(again, n) < 0]
     assert len(todo) == 5 - committed
-    again.append([row_key(n) for n in todo], [values(n) for n in todo])
+    again.write(len(todo), (batch_of([n]) for n in todo))
     assert files(killed) == files(tmp_path / "whole")
 
 
@@ -83,14 +90,14 @@ def test_rows_are_committed_batch_by_batch(tmp_path):
     """An encoder that dies at row 900 of 1,000 must not cost 900."""
 
     def dies():
-        yield values(1, 2)
-        yield values(3, 4)
+        yield batch_of([1, 2])
+        yield batch_of([3, 4])
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        rows(tmp_path).append([row_key(n) for n in range(1, 7)], dies())
+        rows(tmp_path).write(6, dies())
     again = rows(tmp_path)
-    assert [row_key(n) in again for n in range(1, 7)] == [True] * 4 + [False] * 2
+    assert [position(again, n) for n in range(1, 7)] == [0, 1, 2, 3, -1, -1]
     assert np.array_equal(again[3], values(4)[0])
 
 
@@ -110,7 +117,7 @@ def test_a_full_disk_is_found_before_the_first_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MachineError, match=r"things.rows: No space left on device; \d+ MiB are needed"):
-        rows(tmp_path).append([row_key(1)], (pytest.fail("encoded") for _ in range(1)))
+        rows(tmp_path).write(1, (pytest.fail("encoded") for _ in range(1)))
 
 
 def test_a_flipped_byte_is_found_when_read(tmp_path):
@@ -121,19 +128,37 @@ def test_a_flipped_byte_is_found_when_read(tmp_path):
     for at in range(30, 60):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         damaged = rows(tmp_path)
-        with pytest.raises(UserError, match=r"things.rows: row 1 is damaged; delete"):
+        with pytest.raises(UserError, match=r"things.rows: row 1 is damaged; run precompute again"):
             damaged[1]
         assert damaged[0] is not None and damaged[2] is not None
 
 
+def test_a_row_is_repaired_in_its_place(tmp_path):
+    """Damaged or cut off: written again under its key, the file is what it was."""
+    fill(tmp_path, 1, 2, 3)
+    whole = files(tmp_path)
+    for damage in (lambda f: (f.seek(31), f.write(b"x")), lambda f: f.truncate(70), lambda f: f.truncate(0)):
+        with open(tmp_path / "things.rows", "r+b") as file:
+            damage(file)
+        damaged = rows(tmp_path)
+        bad = [n for i, n in enumerate((1, 2, 3)) if not damaged.good(i)]
+        assert bad and all(position(damaged, n) >= 0 for n in bad)
+        damaged.write(len(bad), [batch_of(bad)])
+        assert files(tmp_path) == whole
+
+
 def test_rows_that_are_gone_are_named(tmp_path):
+    """Bytes cut off, the file or its keys gone: whoever reads is told, and nothing else is hidden."""
     fill(tmp_path, 1, 2, 3)
     os.truncate(tmp_path / "things.rows", 89)
-    with pytest.raises(UserError, match="things.rows: shorter than its 3 rows"):
-        rows(tmp_path)
-    (tmp_path / "things.rows").unlink()
-    with pytest.raises(UserError, match="things.rows: shorter"):
-        rows(tmp_path)
+    cut = rows(tmp_path)
+    assert np.array_equal(cut[1], values(2)[0])
+    for path in (tmp_path / "things.rows", tmp_path / "things.keys"):
+        with pytest.raises(UserError, match="things.rows: row 2 is damaged"):
+            rows(tmp_path)[2]
+        path.unlink()
+    with pytest.raises(UserError, match="things.rows: row 0 is damaged"):
+        rows(tmp_path)[0]
 
 
 # ---- a finished cache
@@ -147,7 +172,7 @@ def test_a_batch_is_what_the_rows_say(run):
     assert set(batch) == {"mean", "std", "text", "pooled", "time_ids"}
     for i, example in enumerate(examples):
         record = cache.index[example]
-        moments, caption = cache.moments[record["picture"]], cache.captions[record["caption"]]
+        moments, caption = cache.moments[record["size"]][record["picture"]], cache.captions[record["caption"]]
         assert np.array_equal(batch["mean"][i], moments[0]) and np.array_equal(batch["std"][i], moments[1])
         assert np.array_equal(np.concatenate([batch["text"][i].ravel(), batch["pooled"][i]]), caption)
         assert batch["time_ids"][i].tolist() == record["time_ids"].tolist()
@@ -168,7 +193,7 @@ def test_an_empty_caption_is_the_unconditional_row_of_that_example_alone(run):
 
 
 def test_names_are_the_examples(run):
-    assert Cache(run.folder / "cache").names([3, 0]) == ["row 3 (003.png)", "row 0 (000.png)"]
+    assert Cache(run.folder / "cache").names([3, 0]) == ["003.png", "000.png"]
 
 
 DAMAGE = {
@@ -185,4 +210,12 @@ def test_without_a_good_manifest_there_is_no_cache(message, fresh):
     assert read_manifest(fresh / "cache")["rows"] == len(Cache(fresh / "cache"))
     DAMAGE[message](path)
     with pytest.raises(UserError, match=message):
+        Cache(fresh / "cache")
+
+
+@pytest.mark.parametrize("blob", [b"xx", None])
+def test_a_bad_index_is_named(blob, fresh):
+    path = fresh / "cache" / "index.npy"
+    path.write_bytes(blob) if blob else path.unlink()
+    with pytest.raises(UserError, match="index.npy: not there or damaged"):
         Cache(fresh / "cache")

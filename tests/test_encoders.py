@@ -59,12 +59,12 @@ def test_a_captions_embedding_does_not_depend_on_its_batch(texts):
 
 def test_time_ids_equal_the_pipelines(pipeline, texts):
     for size, target in (((300, 600), (1024, 1024)), ((2000, 1100), (832, 1216))):
-        ours = time_ids(size, target, "x")
-        theirs = pipeline._get_add_time_ids(
-            ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=texts.pooled_shape[0]
-        )
-        assert theirs.tolist() == [list(ours)]
-        assert ours[:2] == size and ours[4:] == target
+        for ours in time_ids(size, target, "x"):
+            theirs = pipeline._get_add_time_ids(
+                ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=texts.pooled_shape[0]
+            )
+            assert theirs.tolist() == [list(ours)]
+            assert ours[:2] == size and ours[4:] == target
 
 
 def test_truncated_captions_are_known(texts):
@@ -75,7 +75,7 @@ def test_moments_equal_autoencoderkls_posterior(pipeline):
     """Pixels in -1 .. 1, mean and standard deviation (not variance, not its logarithm), no scaling factor yet."""
     vae = VAE(Model(str(PIPELINE)), "no").load(CPU)
     pixels = torch.randint(0, 256, (3, 64, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    moments = vae(pixels)
+    (moments,) = vae.encode([pixels])
     assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
     with torch.no_grad():
         x = pipeline.image_processor.preprocess(pixels.numpy().astype(np.float32) / 255)
@@ -101,10 +101,11 @@ def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
     assert vae.dtype == torch.float16
     pixels = torch.full((2, 64, 64, 3), 127, dtype=torch.uint8)
     pixels[1, 8:40] = 255
-    assert not vae._encode(pixels)[1].isfinite().all()  # the case is what it claims to be
-    moments = vae(pixels)
+    assert not vae._start(pixels)[0][1].isfinite().all()  # the case is what it claims to be
+    moments, after = vae.encode([pixels, pixels.flip(0)])  # the one after it is in half precision again
+    assert torch.equal(after, moments.flip(0))
     assert moments.isfinite().all() and vae.vae.dtype == torch.float16
-    torch.testing.assert_close(moments[1], exact(pixels)[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moments[1], next(exact.encode([pixels]))[1], rtol=1e-2, atol=1e-2)
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(model):

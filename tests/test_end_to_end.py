@@ -60,7 +60,9 @@ def test_the_last_save_is_the_export(run):
 
 
 def test_the_output_says_what_was_done(run):
-    assert f"{PICTURES} rows: {PICTURES} pictures and {PICTURES} captions to encode" in run.precompute
+    what = f"{PICTURES} captions new, {PICTURES} images new"
+    for done in ("to encode", "encoded"):
+        assert f"{PICTURES} of {PICTURES} rows {done}: {what}; " in run.precompute
     assert f"{STEPS}/{STEPS}" in run.train and "loss=" in run.train
     assert str(run.folder / "compare" / "grid.png") in run.infer
 

@@ -189,12 +189,12 @@ def test_noise_offset_is_one_constant_per_channel(run):
 def test_latents_are_drawn_from_the_cached_posterior(run):
     """mean + std · noise, scaled: over many draws of one picture the cached moments come back."""
     cache = Cache(run.folder / "cache")
-    found, scale = [], cache.manifest["scaling_factor"]
+    found, scale, values = [], cache.manifest["scaling_factor"], settings("train", train_batch_size=4, seed=1)
     for step in range(300):
-        examples = loop.sampler.rows(1, step, 0, 4, 4, len(cache))
+        examples = loop.chosen(cache, values, step, 0)
         if 2 in examples:
             found.append(draw(run, step)["x0"][examples.index(2)])
-    row = cache.moments[cache.index[2]["picture"]].astype(np.float32)
+    row = cache.moments[0][cache.index[2]["picture"]].astype(np.float32)
     x0 = torch.stack(found)
     assert len(found) > 100
     standard = (x0 - scale * torch.from_numpy(row[0])) / (scale * torch.from_numpy(row[1]))
@@ -215,7 +215,7 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
     index["picture"], index["mirrored"] = 0, 1
     np.save(fresh / "cache" / "index.npy", index)
     cache = Cache(fresh / "cache")
-    means = [torch.from_numpy(cache.moments[i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)]
+    means = [torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)]
     values = settings("train", train_batch_size=8, seed=1, proportion_empty_prompts=0.5)
     batches = [loop.draw(cache, values, SIGNAL, step, 0) for step in range(25)]
     drawn = torch.cat([b["x0"] for b in batches])
@@ -347,10 +347,11 @@ def test_a_changed_dataset_is_refused(run, tmp_path):
 def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
     """Good checksums around a NaN: no step is taken with it, the state before stays, nothing is exported as final."""
     cache = Cache(fresh / "cache")
-    bad = loop.sampler.rows(42, 3, 1, 2, 2, len(cache))[0]  # first seen in step 4 or before
-    seen = next(step for step in range(4) for slot in range(2) if bad in loop.sampler.rows(42, step, slot, 2, 2, len(cache)))
+    values = settings("train", train_batch_size=2, gradient_accumulation_steps=2)
+    bad = loop.chosen(cache, values, 3, 1)[0]  # first seen in step 4 or before
+    seen = next(step for step in range(4) for slot in range(2) if bad in loop.chosen(cache, values, step, slot))
     at = int(cache.index[bad]["picture"])
-    moments = cache.moments
+    moments = cache.moments[0]
     row = moments[at].copy()
     row[0, 0, 0, 0] = np.nan
     with open(moments.path, "r+b") as file:
@@ -360,7 +361,7 @@ def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
         file.seek(at * 36 + 32)
         file.write(struct.pack("<I", zlib.crc32(row)))
     with pytest.raises(
-        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*row {bad} .*timesteps \[\d+, \d+, \d+, \d+\]"
+        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*{bad:03d}\.png, .*timesteps \[\d+, \d+, \d+, \d+\]"
     ):
         train(fresh, "--checkpointing_steps", 1)
     assert [m["step"] for m in metrics(fresh)] == list(range(1, seen + 1))
@@ -426,7 +427,7 @@ def test_a_run_resumed_among_overflows_equals_one_that_was_not_stopped(fresh, tm
 @pytest.mark.slow
 def test_overflows_without_end_stop_the_run(fresh, loss_scale):
     loss_scale(2.0**100)
-    with pytest.raises(NumbersError, match=r"overflowed fp16 20 times in a row, last at step 20, row \d"):
+    with pytest.raises(NumbersError, match=r"overflowed fp16 20 times in a row, last at step 20, 00\d\.png, "):
         train(fresh, *FP16, "--max_train_steps", 40)
     assert not (fresh / "lora.safetensors").exists() and len(metrics(fresh)) == 19
 

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, PIPELINE, PRECOMPUTE, Forked, here, lines, when
+from conftest import PICTURES, PIPELINE, PRECOMPUTE, Forked, content, edit_captions, lines, precompute, when
 from PIL import Image
 
 from data.cache import Cache
@@ -19,29 +19,8 @@ from data.models import Model
 from data.safe import NumbersError, UserError
 
 
-@pytest.fixture
-def source(pictures, tmp_path):
-    """A copy of the pictures to change."""
-    shutil.copytree(pictures, tmp_path / "source")
-    return tmp_path / "source"
-
-
-def precompute(run, source, *more):
-    here("data.precompute", "--output_dir", run, "--train_data_dir", source, *PRECOMPUTE, *more)
-
-
 def rows_files(folder):
     return {p.name: p.read_bytes() for p in sorted((folder / "cache").glob("*.rows")) + sorted((folder / "cache").glob("*.keys"))}
-
-
-def content(folder):
-    return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
-
-
-def edit_captions(source, change):
-    path = source / "metadata.jsonl"
-    rows = change([json.loads(line) for line in path.read_text().splitlines()])
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -54,7 +33,7 @@ def no_encoders(monkeypatch):
 def test_a_second_run_encodes_nothing_and_changes_nothing(fresh, pictures, no_encoders, capsys):
     before = content(fresh)
     precompute(fresh, pictures)
-    assert f"{PICTURES} rows: 0 pictures and 0 captions to encode" in capsys.readouterr().out
+    assert f"0 of {PICTURES} rows to encode: nothing changed; " in capsys.readouterr().out
     assert content(fresh) == before
 
 
@@ -88,7 +67,7 @@ def test_one_edited_caption_encodes_one_caption(fresh, source, run, capsys):
     edit_captions(source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)])
     before = rows_files(fresh)
     precompute(fresh, source)
-    assert "0 pictures and 1 captions to encode" in capsys.readouterr().out
+    assert f"1 of {PICTURES} rows to encode: 1 caption changed; " in capsys.readouterr().out
     after = rows_files(fresh)
     assert after["moments-64x64.rows"] == before["moments-64x64.rows"]
     one = len(before["captions.rows"]) // (PICTURES + 1)  # and the unconditional
@@ -103,7 +82,7 @@ def test_one_replaced_picture_encodes_one_picture(fresh, source, capsys):
     shutil.copy(source / "001.png", source / "002.png")
     Image.new("RGB", (100, 80), "red").save(source / "004.png")
     precompute(fresh, source)
-    assert "1 pictures and 0 captions to encode" in capsys.readouterr().out  # 002 is 001 again
+    assert f"1 of {PICTURES} rows to encode: 1 image changed; " in capsys.readouterr().out  # 002 is 001 again
     cache = Cache(fresh / "cache")
     assert cache.index[2]["picture"] == cache.index[1]["picture"]
     assert cache.index[4]["time_ids"].tolist() == [80, 100, 0, 8, 64, 64]
@@ -116,36 +95,29 @@ def test_removed_added_and_reordered_rows(fresh, source, capsys, no_encoders):
     for i in range(3):
         (source / f"{i:03d}.png").unlink()
     precompute(fresh, source)
-    assert f"{PICTURES - 3} rows: 0 pictures and 0 captions" in capsys.readouterr().out
+    assert f"0 of {PICTURES - 3} rows to encode: nothing changed; 3 rows removed; " in capsys.readouterr().out
     assert Cache(fresh / "cache").index.tobytes() == old[:2:-1].tobytes()
 
 
 def test_equal_captions_are_encoded_once(source, tmp_path, capsys):
     edit_captions(source, lambda rows: [dict(row, text="the same") for row in rows])
     precompute(tmp_path / "run", source)
-    assert f"{PICTURES} pictures and 1 captions to encode" in capsys.readouterr().out
+    assert f"{PICTURES} of {PICTURES} rows to encode: 1 caption new, {PICTURES} images new; " in capsys.readouterr().out
 
 
 def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fresh, pictures, source, capsys):
     before = rows_files(fresh)
-    here("data.precompute", "--output_dir", fresh, "--train_data_dir", pictures, *PRECOMPUTE, "--resolution", 128)
-    assert f"{PICTURES} pictures and 0 captions" in capsys.readouterr().out
+    precompute(fresh, pictures, "--resolution", 128)
+    assert f"to encode: {PICTURES} images at another resolution; " in capsys.readouterr().out
     cache = Cache(fresh / "cache")
-    assert cache.manifest["resolution"] == 128 and cache.moments.shape == (2, 4, 16, 16)
+    assert cache.manifest["resolution"] == 128 and [m.shape for m in cache.moments] == [(2, 4, 16, 16)]
     assert rows_files(fresh)["moments-64x64.rows"] == before["moments-64x64.rows"]  # and back again costs nothing
     other = source / "vae"
     shutil.copytree(PIPELINE / "vae", other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    precompute(fresh, pictures, "--pretrained_vae_model_name_or_path", other)
-    assert f"{PICTURES} pictures and 0 captions" in capsys.readouterr().out
+    precompute(fresh, pictures, "--resolution", 128, "--pretrained_vae_model_name_or_path", other)
+    assert f"to encode: {PICTURES} images for another encoder, or damaged; " in capsys.readouterr().out
     assert Cache(fresh / "cache").manifest["vae"]["name"] == str(other)
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    """Two rows at a time, so that eight pictures have a middle."""
-    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
-    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
 
 
 @pytest.mark.parametrize("torn", [0, 1, 35])
@@ -196,7 +168,7 @@ def test_random_flip_caches_the_mirror_image(pictures, tmp_path):
     for i in range(3):
         image = read_rgb((pictures / f"{i:03d}.png").read_bytes(), "x").resize((64, 64), Image.Resampling.LANCZOS)
         pixels = np.stack([np.asarray(image), np.asarray(image)[:, ::-1]])
-        wanted = vae(torch.from_numpy(pixels.copy())).numpy()
+        wanted = next(vae.encode([torch.from_numpy(pixels.copy())])).numpy()
         np.testing.assert_allclose(plain["mean"][i], wanted[0, 0], rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(mirrored["mean"][i], wanted[1, 0], rtol=1e-2, atol=1e-2)
     assert not np.allclose(plain["mean"], mirrored["mean"], atol=0.05)
@@ -225,18 +197,25 @@ def test_the_unconditional_is_the_models_own(zeros, source, tmp_path):
 
 def test_a_bad_picture_is_named_before_anything_is_encoded(source, tmp_path, no_encoders):
     (source / "003.png").write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"row 3 \(003.png\): not a picture"):
+    with pytest.raises(UserError, match=r"^003\.png: not a picture"):
         precompute(tmp_path / "run", source)
 
 
+def nan_for(monkeypatch, at):
+    """The VAE fails on the picture at this place of every batch."""
+    real = VAE._finish
+
+    def finish(self, *args):
+        moments = real(self, *args).clone()
+        moments[at : at + 1] *= torch.nan
+        return moments
+
+    monkeypatch.setattr(VAE, "_finish", finish)
+
+
 def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, tmp_path, monkeypatch):
-    real = VAE._encode
-    monkeypatch.setattr(
-        VAE,
-        "_encode",
-        lambda self, pixels: real(self, pixels) * torch.tensor([1, 1, torch.nan] + [1] * 20)[: len(pixels)].view(-1, 1, 1, 1, 1),
-    )
-    with pytest.raises(NumbersError, match=r"row 2 \(002.png\): the VAE gives numbers that are not finite"):
+    nan_for(monkeypatch, 2)
+    with pytest.raises(NumbersError, match=r"^002\.png: the VAE gives numbers that are not finite"):
         precompute(tmp_path / "run", source)
     assert not (tmp_path / "run" / "cache" / "manifest.json").exists()
     assert not lines(tmp_path / "run" / "cache" / "moments-64x64.keys")

@@ -101,7 +101,7 @@ def draw(cache, settings, signal, step, slot):
     """
     B = settings.train_batch_size
     of = partial(sampler.generator, settings.seed, step=step, slot=slot)
-    examples = sampler.rows(settings.seed, step, slot, settings.gradient_accumulation_steps, B, len(cache))
+    examples = chosen(cache, settings, step, slot)
     mirrored = torch.rand(B, generator=of("flip")) < 0.5
     empty = torch.rand(B, generator=of("dropout")) < settings.proportion_empty_prompts
     batch = {name: torch.from_numpy(array) for name, array in cache.batch(examples, mirrored.numpy(), empty.numpy()).items()}
@@ -116,12 +116,19 @@ def draw(cache, settings, signal, step, slot):
     return batch
 
 
+def chosen(cache, settings, step, slot):
+    """The examples of one slot's micro-batch, all of one size."""
+    slots, lengths = settings.gradient_accumulation_steps, [len(members) for members in cache.members]
+    size, positions = sampler.rows(settings.seed, step, slot, slots, settings.train_batch_size, lengths)
+    return cache.members[size][positions].tolist()
+
+
 def describe(cache, settings, signal, step):
     """What a step trained on, for messages: everything is drawn again from (seed, step, slot)."""
-    slots, B = settings.gradient_accumulation_steps, settings.train_batch_size
-    rows = [row for slot in range(slots) for row in sampler.rows(settings.seed, step, slot, slots, B, len(cache))]
-    times = [t for slot in range(slots) for t in draw(cache, settings, signal, step, slot)["t"].tolist()]
-    return f"step {step + 1}, {', '.join(cache.names(rows))}, timesteps {times}"
+    slots = range(settings.gradient_accumulation_steps)
+    examples = [example for slot in slots for example in chosen(cache, settings, step, slot)]
+    times = [t for slot in slots for t in draw(cache, settings, signal, step, slot)["t"].tolist()]
+    return f"step {step + 1}, {', '.join(cache.names(examples))}, timesteps {times}"
 
 
 def load_unet(base, cache, dtype, device):

@@ -1,0 +1,126 @@
+"""How fast precompute is, against one picture at a time and against the VAE alone: python -m tests.bench.precompute OUT
+
+At SDXL's size with random weights on a GPU; `--toy` with the small pipeline. Writes OUT/precompute.json.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+
+from data.encoders import VAE, OneHeadAttention, TextEncoders
+from data.models import Model
+from tests.bench.full_size import TOY, make_pictures, make_pipeline
+
+
+def seconds(work, repeats, device):
+    """Median seconds of work() after a warm-up."""
+    times = []
+    for i in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[2:]))
+
+
+def one_at_a_time(model, precision, pictures, resolution, device):
+    """Images/s of the plain way: for each picture decode, resize, VAE, both text encoders, wait."""
+    vae, texts = VAE(model, precision), TextEncoders(model, precision).load(device)
+    vae.load(device)
+    vae.vae.to(memory_format=torch.contiguous_format)
+    vae.vae.encoder.mid_block.attentions[0].set_processor(AttnProcessor2_0())
+    torch.backends.cudnn.benchmark = False
+
+    def encode(data):
+        image = Image.open(io.BytesIO(data)).convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+        with torch.inference_mode():
+            x = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+            vae.vae.encode(x.to(vae.dtype)).latent_dist.sample().cpu()
+        [part.cpu() for part in texts(["a picture with a red house in the forest"])]
+
+    for data in pictures[:2]:
+        encode(data)
+    began = time.perf_counter()
+    for data in pictures[2:]:
+        encode(data)
+    return (len(pictures) - 2) / (time.perf_counter() - began)
+
+
+def vae_alone(model, precision, resolution, device, repeats):
+    """{arrangement: images/s} of the VAE encoder on pixels that are on the device already."""
+    vae, rates = VAE(model, precision).load(device), {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for attention in (AttnProcessor2_0(), OneHeadAttention()):
+            for batch in (1, 2, 4):
+                vae.vae.encoder.to(memory_format=layout)
+                vae.vae.encoder.mid_block.attentions[0].set_processor(attention)
+                x = torch.rand(batch, 3, resolution, resolution, device=device).to(vae.dtype, memory_format=layout) * 2 - 1
+                with torch.inference_mode():
+                    took = seconds(lambda: vae.vae.encode(x).latent_dist.mean, repeats, device)
+                name = f"{'NHWC' if layout == torch.channels_last else 'NCHW'} {type(attention).__name__} batch {batch}"
+                rates[name] = batch / took
+                print(f"{name}: {rates[name]:.1f} images/s", flush=True)
+    return rates
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--work", type=Path, help="where pipeline and runs go; default OUT/work")
+    args = parser.parse_args()
+    work, device = args.work or args.out / "work", torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name, resolution, precision, counts = (TOY, 128, "no", (4, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (32, 192))
+    if not args.toy:
+        make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
+    model = Model(str(name), None, None if args.toy else "fp16")
+    for count in counts:
+        make_pictures(work / str(count), count, resolution * 5 // 4)
+    results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__)
+
+    pictures = [path.read_bytes() for path in sorted((work / str(counts[0])).glob("*.jpg"))][:14]
+    results["one_at_a_time"] = one_at_a_time(model, precision, pictures, resolution, device)
+    results["vae_alone"] = vae_alone(model, precision, resolution, device, 1 if args.toy else 6)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    # Two sizes of data: what loading and warming up cost falls out of the difference.
+    took = []
+    for count in counts:
+        flags = [
+            "--output_dir",
+            work / f"run{count}",
+            "--pretrained_model_name_or_path",
+            name,
+            "--train_data_dir",
+            work / str(count),
+        ]
+        flags += ["--resolution", resolution, "--mixed_precision", precision]
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "data.precompute", *map(str, flags)], check=True, stderr=subprocess.DEVNULL)
+        took.append(time.perf_counter() - began)
+    results["precompute"] = (counts[1] - counts[0]) / (took[1] - took[0])
+    results["precompute_seconds"] = dict(zip(map(str, counts), took))
+    results["times_one_at_a_time"] = results["precompute"] / results["one_at_a_time"]
+    results["share_of_vae_alone"] = results["precompute"] / max(results["vae_alone"].values())
+    (args.out / "precompute.json").write_text(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""What is found out before anything is encoded: what is new and why, which rows are the same, which are held out."""
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import PICTURES, PIPELINE, PRECOMPUTE, TRAIN, content, edit_captions, here, precompute, settings
+from PIL import Image
+
+from data.cache import Cache
+from data.dataset import open_examples
+from data.safe import UserError
+from data.survey import survey
+from train import loop
+
+
+def everything(folder):
+    """Every file and folder below, with content and time of change."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in [folder, *folder.rglob("*")] if p.exists()}
+
+
+def flip_byte(path, at):
+    blob = bytearray(path.read_bytes())
+    blob[at] ^= 1
+    path.write_bytes(blob)
+
+
+def recaption(source, number, text):
+    edit_captions(source, lambda rows: [dict(row, text=text) if i == number else row for i, row in enumerate(rows)])
+
+
+def replace(source, number):
+    Image.new("RGB", (100, 80), "red").save(source / f"{number:03d}.png")
+
+
+def add(source):
+    Image.new("RGB", (70, 90), "blue").save(source / "new.png")
+    edit_captions(source, lambda rows: [{"file_name": "new.png", "text": "a new one"}, *rows])
+
+
+def another_vae(source):
+    shutil.copytree(PIPELINE / "vae", source / "vae")
+    with open(source / "vae" / "config.json", "a") as file:
+        file.write(" ")
+    return "--pretrained_vae_model_name_or_path", source / "vae"
+
+
+ALL = PICTURES
+CHANGES = {  # what is done to (source, run) -> (rows to encode, of how many, why); it returns the flags of the next run
+    "first time": (lambda s, r: shutil.rmtree(r), ALL, ALL, f"{ALL} captions new, {ALL} images new"),
+    "nothing": (lambda s, r: None, 0, ALL, "nothing changed"),
+    "caption": (lambda s, r: recaption(s, 3, "another"), 1, ALL, "1 caption changed"),
+    "image": (lambda s, r: replace(s, 4), 1, ALL, "1 image changed"),
+    "both of a row": (lambda s, r: (recaption(s, 4, "another"), replace(s, 4))[:0], 1, ALL, "1 caption changed, 1 image changed"),
+    "of two rows": (lambda s, r: (recaption(s, 2, "another"), replace(s, 4))[:0], 2, ALL, "1 caption changed, 1 image changed"),
+    "row added": (lambda s, r: add(s), 1, ALL + 1, "1 caption new, 1 image new"),
+    "row removed": (lambda s, r: edit_captions(s, lambda rows: rows[1:]), 0, ALL - 1, "nothing changed; 1 row removed"),
+    "resolution": (lambda s, r: ("--resolution", 128), ALL, ALL, f"{ALL} images at another resolution"),
+    "flip": (lambda s, r: ("--random_flip",), ALL, ALL, f"{ALL} images mirrored"),
+    "vae": (lambda s, r: another_vae(s), ALL, ALL, f"{ALL} images for another encoder, or damaged"),
+    "damaged image": (
+        lambda s, r: flip_byte(r / "cache" / "moments-64x64.rows", 2000),
+        1,
+        ALL,
+        "1 image for another encoder, or damaged",
+    ),
+    "damaged caption": (
+        lambda s, r: flip_byte(r / "cache" / "captions.rows", -1),
+        1,
+        ALL,
+        "1 caption for another encoder, or damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_explain_says_what_the_next_run_does_and_does_nothing(change, cached, source, tmp_path, capsys, done):
+    run = tmp_path / "run"
+    shutil.copytree(cached, run)
+    make, touched, count, why = CHANGES[change]
+    flags = make(source, run) or ()
+    before = everything(tmp_path)
+    precompute(run, source, *flags, "--explain")
+    said = capsys.readouterr().out
+    assert said.startswith(f"{touched} of {count} rows to encode: {why}; ") and said.count("\n") == 1
+    assert everything(tmp_path) == before and done == dict(captions=[], pictures=[])
+
+    precompute(run, source, *flags)
+    out = capsys.readouterr().out
+    assert out.startswith(said) and f"\n{touched} of {count} rows encoded: {why}; " in out
+    for noun, kind in (("caption", "captions"), ("image", "pictures")):
+        assert len(done[kind]) == sum(int(n) for n in re.findall(rf"(\d+) {noun}", why))
+    assert len(Cache(run / "cache").index) == count
+
+    after = content(run)
+    precompute(run, source, *flags)
+    assert capsys.readouterr().out.startswith(f"0 of {count} rows to encode: nothing changed; 0 MiB")
+    assert content(run) == after
+
+
+def test_explain_tells_of_the_unconditionals_repair(cached, source, tmp_path, capsys):
+    """Its row belongs to no example, but a run that loads both text encoders for it does not do nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(cached, run)
+    flip_byte(run / "cache" / "captions.rows", 100)
+    precompute(run, source, "--explain")
+    assert "nothing changed" not in capsys.readouterr().out
+
+
+def test_rows_of_one_name_in_several_folders_are_told_apart(pictures, tmp_path, capsys):
+    """a/000.png and b/000.png: one removed is one removed, one new is not one changed."""
+    source = tmp_path / "source"
+    for i, folder in enumerate("abc"):
+        (source / folder).mkdir(parents=True)
+        shutil.copy(pictures / f"{i:03d}.png", source / folder / "same.png")
+        (source / folder / "same.txt").write_text(f"caption {i}")
+    shutil.move(source / "c", tmp_path / "c")
+    precompute(tmp_path / "run", source)
+    shutil.move(tmp_path / "c", source / "c")
+    capsys.readouterr()
+    precompute(tmp_path / "run", source, "--explain")
+    assert capsys.readouterr().out.startswith("1 of 3 rows to encode: 1 caption new, 1 image new; ")
+    shutil.rmtree(source / "a"), shutil.rmtree(source / "c")
+    precompute(tmp_path / "run", source, "--explain")
+    assert capsys.readouterr().out.startswith("0 of 1 rows to encode: nothing changed; 1 row removed; ")
+
+
+def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, done):
+    """Whatever their names; each row still has its own caption and picture."""
+    shutil.copy(source / "000.png", source / "005.png")
+    shutil.copy(source / "000.png", source / "006.png")
+    texts = [["one", "two", "three"][i % 3] for i in range(PICTURES)]
+    edit_captions(source, lambda rows: [dict(row, text=text) for row, text in zip(rows, texts)])
+    precompute(tmp_path / "run", source, "--random_flip")
+    assert done["captions"] == ["one", "two", "three"]
+    assert len(done["pictures"]) == 2 * (PICTURES - 2) == len({p.tobytes() for p in done["pictures"]})
+    index = Cache(tmp_path / "run" / "cache").index
+    for i in range(PICTURES):
+        assert index[i]["caption"] == index[i % 3]["caption"]
+        assert (index[i]["picture"] == index[0]["picture"]) == (i in (0, 5, 6)) == (index[i]["mirrored"] == index[0]["mirrored"])
+    assert len(set(index["caption"])) == 3 and len(set(index["picture"])) == PICTURES - 2
+
+
+# ---- Held out
+
+
+def small_pictures(folder, count):
+    """Pictures of 16 pixels, none like another, with captions."""
+    folder.mkdir(exist_ok=True)
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"number {i}")
+    return folder
+
+
+def held_out(folder, fraction):
+    """-> {name of a picture: whether it is held out}, without encoding"""
+    asked = settings("data.precompute", train_data_dir=str(folder), validation_fraction=fraction)
+    with ThreadPoolExecutor(2) as pool:
+        rows, names = survey(open_examples(asked), asked, [(64, 64)], "texts", "vae", pool, lambda name, error: pytest.fail(name))
+    return dict(zip(names, rows["held_out"].tolist()))
+
+
+def test_what_is_held_out_is_a_share_chosen_by_content(tmp_path):
+    folder = small_pictures(tmp_path / "d", 200)
+    some = held_out(folder, 0.2)
+    assert sum(some.values()) / 200 == pytest.approx(0.2, abs=0.07)
+    assert not any(held_out(folder, 0.0).values())
+    more = held_out(folder, 0.4)
+    assert all(more[name] for name in some if some[name]) and sum(more.values()) / 200 == pytest.approx(0.4, abs=0.08)
+    # fewer, more and renamed rows, other captions: nobody changes sides, and a copy is on the side of its original
+    for i in range(200):
+        path = folder / f"{i:03d}.png"
+        if i % 2:
+            path.unlink()
+        else:
+            shutil.copy(path, folder / f"copy {i:03d}.png")
+            path.rename(folder / f"z{i:03d}.png")
+            for name in (f"copy {i:03d}", f"z{i:03d}"):
+                (folder / f"{name}.txt").write_text("another caption")
+    for name, out in held_out(folder, 0.2).items():
+        assert out == some[name[-7:]], name
+
+
+def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
+    """Nor anything like it; the rest comes every epoch."""
+    folder, run = small_pictures(tmp_path / "d", 24), tmp_path / "run"
+    precompute(run, folder, "--validation_fraction", 0.3)
+    cache, wanted = Cache(run / "cache"), held_out(folder, 0.3)
+    outside = {i for i, name in enumerate(cache.names(range(24))) if wanted[name]}
+    assert 2 < len(outside) < 15 and len(cache) == 24 - len(outside) and cache.manifest["held_out"] == len(outside)
+    values = settings("train", train_batch_size=2, gradient_accumulation_steps=2, seed=5)
+    drawn = [example for step in range(40) for slot in range(2) for example in loop.chosen(cache, values, step, slot)]
+    assert set(drawn) == set(range(24)) - outside
+    batch = cache.batch(sorted(outside), np.zeros(len(outside), bool), np.zeros(len(outside), bool))
+    assert batch["mean"].any()  # there for validation
+    before = cache.manifest["content"]
+    precompute(run, folder)
+    assert len(Cache(run / "cache")) == 24 and Cache(run / "cache").manifest["content"] != before
+
+
+def test_a_cache_with_nothing_to_train_on_is_refused(tmp_path):
+    """Every row held out: said in one line, by precompute or by train."""
+    folder = small_pictures(tmp_path / "d", 30)
+    for name, out in held_out(folder, 0.5).items():
+        if not out:
+            (folder / name).unlink()
+    with pytest.raises(UserError):
+        precompute(tmp_path / "run", folder, "--validation_fraction", 0.5)
+        here("train", "--output_dir", tmp_path / "run", *TRAIN)
+
+
+# ---- Sources
+
+
+def test_a_saved_dataset_and_a_parquet_file_give_the_same_rows_as_the_folder(cached, pictures, tmp_path):
+    import datasets
+
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    columns = {"image": [str(pictures / row["file_name"]) for row in rows], "text": [row["text"] for row in rows]}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(str(tmp_path / "parquet" / "train-00000-of-00001.parquet"))
+    bytes_only = [{"path": None, "bytes": (pictures / row["file_name"]).read_bytes()} for row in rows]
+    datasets.Dataset.from_dict({**columns, "image": bytes_only}, features=features).save_to_disk(str(tmp_path / "nameless"))
+    wanted = content(cached)
+    for name in ("saved", "parquet", "nameless"):
+        here("data.precompute", "--output_dir", tmp_path / f"run {name}", "--dataset_name", tmp_path / name, *PRECOMPUTE)
+        found = content(tmp_path / f"run {name}")
+        assert all(found[file] == wanted[file] for file in wanted if file.endswith((".rows", ".keys", "index.npy")))
+        names = Cache(tmp_path / f"run {name}" / "cache").names(range(PICTURES))
+        assert names == [f"row {i}" if name == "nameless" else f"{i:03d}.png" for i in range(PICTURES)]
+
+
+def test_datasets_that_cannot_be_used_are_refused(tmp_path):
+    import datasets
+
+    image, text = datasets.Image(), datasets.Value("string")
+    datasets.Dataset.from_dict({"image": [], "text": []}, features=datasets.Features(image=image, text=text)).save_to_disk(
+        str(tmp_path / "none")
+    )
+    datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(str(tmp_path / "integers"))
+    for name, message in (("none", "--dataset_name .*none: no rows"), ("integers", "--image_column image: holds no images")):
+        with pytest.raises(UserError, match=message):
+            here("data.precompute", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / name, *PRECOMPUTE)
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_captions_that_are_not_utf_8_are_refused_naming_the_file(kind, tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    name, text = {
+        "txt": ("a.txt", "f\xfcchse"),
+        "jsonl": ("metadata.jsonl", '{"file_name": "a.png", "text": "f\xfcchse"}\n'),
+        "csv": ("metadata.csv", "file_name,text\na.png,f\xfcchse\n"),
+    }[kind]
+    (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name}.*utf-8"):
+        precompute(tmp_path / "run", folder)
+
+
+def test_a_file_name_that_is_not_utf_8_is_no_obstacle(pictures, tmp_path):
+    """Linux allows any bytes; found out after hours of encoding it would be a traceback."""
+    source = tmp_path / "source"
+    source.mkdir()
+    name = b"f\xfcchse.png".decode("utf-8", "surrogateescape")
+    shutil.copy(pictures / "000.png", source / name)
+    (source / name).with_suffix(".txt").write_text("foxes")
+    precompute(tmp_path / "run", source)
+    assert len(Cache(tmp_path / "run" / "cache")) == 1
+
+
+def test_training_does_not_read_the_names(cached, tmp_path):
+    """They are for messages: gone or changed, the same numbers come."""
+    values = settings("train", train_batch_size=4)
+    signal = loop.torch.ones(1000)
+    wanted = loop.draw(Cache(cached / "cache"), values, signal, 0, 0)
+    shutil.copytree(cached, tmp_path / "run")
+    (tmp_path / "run" / "cache" / "names.txt").unlink()
+    found = loop.draw(Cache(tmp_path / "run" / "cache"), values, signal, 0, 0)
+    assert all(loop.torch.equal(wanted[name], found[name]) for name in wanted)
