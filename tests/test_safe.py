@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from data import safe
@@ -207,3 +208,21 @@ def test_it_needs_nothing_but_the_standard_library():
     code = "import sys; before = set(sys.modules); import data.safe, data.flags; print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names | {'data'}])"
     assert finish(python(code))[:2] == (0, "[]\n")
     assert Path(safe.__file__).parent == ROOT / "data"
+
+
+def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
+    """torch's error is known by its name: torch is not imported for it. Any other RuntimeError keeps its traceback."""
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+
+    with pytest.raises(SystemExit) as stop:
+        safe.run(full, [])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 3 and "--gradient_checkpointing" in printed and printed.count("\n") == 1
+
+    def broken(_):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        safe.run(broken, [])
