@@ -163,6 +163,7 @@ def test_a_picture_without_finite_moments_is_left_out_with_skip_bad(source, tmp_
     assert all(good[name] == found[name] for name in good if name != "manifest.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [2, 4])
 def test_kill_9_with_bad_rows_ends_with_the_same_bytes(committed, source, tmp_path, small_batches, monkeypatch):
     add_bad(source)

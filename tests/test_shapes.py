@@ -117,6 +117,7 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
+@pytest.mark.slow
 def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     """Three steps of two sizes or more, in one run and in three."""
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
@@ -133,6 +134,7 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     assert once == thrice and all(tensor.isfinite().all() for tensor in load(once).values())
 
 
+@pytest.mark.slow
 def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_batches, monkeypatch):
     real, few = VAE._finish, tmp_path / "few"
     few.mkdir()

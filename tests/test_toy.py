@@ -136,6 +136,7 @@ def test_examples_tell_the_truth_in_their_time_ids():
 # ---- The measures
 
 
+@pytest.mark.slow
 def test_true_pictures_score_as_what_they_are(renders, classify):
     for style in ("base", "ink"):
         colours = [measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], SCENES)]
@@ -154,6 +155,7 @@ def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
         assert style(renders[other]) < 0.5
 
 
+@pytest.mark.slow
 def test_scores_come_out_bad_for_bad_pictures(renders, classify):
     wrong_scenes = [Scene(SUBJECTS[(SUBJECTS.index(s.subject) + 1) % 12], COLOURS[(COLOURS.index(s.colour) + 3) % 8], s.place) for s in SCENES]
     for style in ("base", "ink"):
