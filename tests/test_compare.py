@@ -68,6 +68,7 @@ def test_lora_scale(run, trained):
     assert same(half["baseline_0.png"], first["baseline_0.png"]) and not same(half["finetuned_0.png"], first["finetuned_0.png"])
 
 
+@pytest.mark.slow
 def test_negative_prompt_seed_and_guidance_change_pictures(run, trained):
     first = pictures(run.folder)
     for flags in (dict(negative_prompt="blue"), dict(negative_prompt=""), dict(seed=43), dict(guidance_scale=2)):

@@ -143,6 +143,7 @@ def test_a_bomb_is_refused_by_its_header():
             upright_size(BROKEN[case], "row 3")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_bytes_give_a_picture_or_a_refusal():
     """Never another exception: one bad file of ten thousand must be named, not end in a traceback."""

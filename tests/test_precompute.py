@@ -140,6 +140,7 @@ def test_what_a_kill_leaves_is_finished_to_the_same_bytes(torn, pictures, tmp_pa
     assert content(killed) == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("committed", [2, 4])
 def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
     """A real process; the same command then goes on and ends with the same bytes."""
