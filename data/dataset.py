@@ -42,14 +42,16 @@ class Examples:
 
     def name(self, number):
         """What messages call it: its path below the folder."""
-        path = self.read(number)[0]
+        return self._name(number, self.read(number)[0])
+
+    def _name(self, number, path):
         if not path:
             return f"row {number}"
         return os.path.relpath(path, self.folder) if self.folder else Path(path).name
 
     def __getitem__(self, number):
         path, data, caption = self.read(number)
-        name = self.name(number)
+        name = self._name(number, path)
         if not path and data is None:
             raise UserError(f"{name}: no image in it")
         if not isinstance(caption, str):
