@@ -30,7 +30,7 @@ naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto
 
 $(if $(filter $(PRESET),toy naruto),,$(error PRESET=$(PRESET) is none of toy, naruto))
 
-.PHONY: help setup precompute train compare test test-all clean
+.PHONY: help setup precompute train compare test test-all bench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -62,6 +62,10 @@ test: setup-dev
 test-all:  ## the slow tests as well
 test-all: setup-dev
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(ARGS) tests
+
+bench:  ## one training step against the usual arrangement, at SDXL's size on a GPU -> runs/bench/step.json
+bench: setup-dev
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.step runs/bench $(ARGS)
 
 clean:  ## remove .venv and the toy's run
 	rm -rf .venv runs/toy .pytest_cache

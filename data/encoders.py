@@ -5,6 +5,7 @@ Both are described by their files first (shapes, fingerprint) and loaded only wh
 
 import torch
 
+from data import fused
 from data.models import load
 from data.safe import UserError
 
@@ -93,9 +94,15 @@ class VAE:
         from diffusers import AutoencoderKL
 
         torch.backends.cudnn.benchmark = True  # one shape, thousands of times
-        self.vae = load(AutoencoderKL, self.part, self.dtype, device)
-        self.vae.decoder = None
-        self.vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
+        compiled = fused.wanted("auto", device)
+        self.layout = torch.channels_last if compiled else torch.contiguous_format
+
+        def prepare(vae):
+            vae.decoder = None
+            vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
+            fused.fuse(vae, compiled)
+
+        self.vae = load(AutoencoderKL, self.part, self.dtype, device, prepare)
         return self
 
     def encode(self, batches):
@@ -118,9 +125,7 @@ class VAE:
         """-> (moments on their way to the CPU, a function that waits for them)"""
         on_gpu = self.vae.device.type == "cuda"
         x = (pixels.pin_memory() if on_gpu else pixels).to(self.vae.device, non_blocking=True)
-        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(
-            self.vae.dtype, memory_format=torch.channels_last
-        )  # (B, 3, H, W) in -1 .. 1
+        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.vae.dtype, memory_format=self.layout)  # (B, 3, H, W) in -1 .. 1
         posterior = self.vae.encode(x).latent_dist
         moments = torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16)
         if not on_gpu:
@@ -153,9 +158,7 @@ class OneHeadAttention:
     QUERIES = 4096
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        batch, channels, height, width = hidden_states.shape
-        x = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)  # (B, h w, C)
-        q, k, v = attn.to_q(x) * channels**-0.5, attn.to_k(x).transpose(1, 2), attn.to_v(x)
+        x = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)  # (B, h w, C)
+        q, k, v = attn.to_q(x) * x.shape[-1] ** -0.5, attn.to_k(x).transpose(1, 2), attn.to_v(x)
         mixed = torch.cat([(block @ k).softmax(dim=-1) @ v for block in q.split(self.QUERIES, dim=1)], dim=1)
-        out = attn.to_out[0](mixed).transpose(1, 2).reshape(batch, channels, height, width)
-        return (hidden_states + out) / attn.rescale_output_factor
+        return hidden_states + attn.to_out[0](mixed).unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)

@@ -97,11 +97,12 @@ class Model:
             raise UserError(f"{self.name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}") from None
 
 
-def load(kind, part, dtype, device):
+def load(kind, part, dtype, device, prepare=None):
     """A diffusers model (UNet2DConditionModel, AutoencoderKL) from its Part, straight to the device.
 
     Built without memory and filled from the mapped file: from_pretrained without accelerate first makes 10 GB of random
-    fp32 numbers for SDXL's UNet, more than a free Colab machine has.
+    fp32 numbers for SDXL's UNet, more than a free Colab machine has. prepare(model): changes to make while the weights are
+    in the mapped file; made on the device they would leave holes in its memory.
     """
     import torch
     from safetensors import SafetensorError
@@ -112,12 +113,14 @@ def load(kind, part, dtype, device):
     weights = {}
     try:
         for file in _weights(part.folder, part.variant):
-            weights.update({name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()})
+            weights.update({name: tensor.to(dtype) for name, tensor in load_file(file).items()})
         model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).split("\n")[-1].strip()
         raise UserError(f"{part.folder}: its weights are damaged or do not fit its config ({reason})") from None
-    return model.eval().requires_grad_(False)
+    if prepare:
+        prepare(model)
+    return model.to(device).eval().requires_grad_(False)
 
 
 PARTS = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")

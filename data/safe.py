@@ -53,7 +53,7 @@ def run(main, argv):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        knobs = "use --gradient_checkpointing, a smaller --train_batch_size, --rank or --resolution"
+        knobs = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution"
         sys.exit(_report(f"the GPU is out of memory: {knobs} ({str(error).splitlines()[0]})", 3))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; run the same command to go on", 130))

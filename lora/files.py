@@ -40,9 +40,9 @@ def export(adapters, path, base, resolution):
     Raises UserError naming the layer when a weight is not finite, in fp32 or as fp16.
     """
     tensors = {}
-    for name, layer in adapters.layers.items():
-        for part, weight in (("lora_down", layer.A), ("lora_up", layer.B)):
-            half = weight.detach().to("cpu", torch.float16).contiguous()
+    for name, (A, B) in adapters.projections().items():
+        for part, weight in (("lora_down", A), ("lora_up", B)):
+            half = weight.to("cpu", torch.float16).contiguous()
             if not half.isfinite().all():
                 raise UserError(f"{name}.{part} is not finite in fp16: {path} was not written")
             tensors[f"{key(name)}.{part}.weight"] = half
@@ -90,19 +90,19 @@ def load(unet, path):
     found = targets(unet)
     rank, alpha = _check(path, stored, found)
     adapters = inject(unet, rank, alpha)
-    with torch.no_grad():
-        for name, layer in adapters.layers.items():
-            layer.A.copy_(stored[f"{key(name)}.lora_down.weight"])
-            layer.B.copy_(stored[f"{key(name)}.lora_up.weight"])
+    for name, (A, B) in adapters.projections().items():
+        A.copy_(stored[f"{key(name)}.lora_down.weight"])
+        B.copy_(stored[f"{key(name)}.lora_up.weight"])
+    adapters.refresh()
     return adapters, metadata
 
 
 def _check(path, stored, found):
-    """-> (rank, alpha) of a file that fits the layers `found` exactly."""
+    """-> (rank, alpha) of a file that fits the projections `found` exactly."""
     shapes = {}  # key: its shape with -1 for the rank
-    for name, module in found:
-        shapes[f"{key(name)}.lora_down.weight"] = (-1, module.in_features)
-        shapes[f"{key(name)}.lora_up.weight"] = (module.out_features, -1)
+    for name, inside, out in found:
+        shapes[f"{key(name)}.lora_down.weight"] = (-1, inside)
+        shapes[f"{key(name)}.lora_up.weight"] = (out, -1)
         shapes[f"{key(name)}.alpha"] = ()
     if foreign := sorted(set(stored) - set(shapes)):
         raise UserError(f"{path}: {foreign[0]} and {len(foreign) - 1} more keys fit no attention projection of this UNet")

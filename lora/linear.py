@@ -1,13 +1,15 @@
-"""READ 1. One linear layer with a low-rank update beside it.
+"""READ 1. A linear layer with a low-rank update beside it.
 
     y = W x + b + (alpha / rank) · B (A x)          LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3
 
 W and b are frozen, of any dtype, possibly quantised: only their output is used. A and B are what training changes.
 With out × in weights in W, the update has rank × (in + out): 0.05 million in place of 1.6 for SDXL's 1280 × 1280 at rank 20.
+
+The products with A and B are so thin that a GPU spends its time on starting them. So there are as few as can be, and their
+gradients are written out by hand: nothing is added or scaled in a kernel of its own.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -19,20 +21,22 @@ class LoRALinear(nn.Module):
         rank: r, inner size of the update.
         alpha: the update is scaled by alpha / rank, so that changing the rank does not change the size of a step.
         generator: for A's first values; drawn on the CPU, so that they are the same on every device.
+        parts: P, how many projections of one input `base` computes side by side, as q, k and v; each has its own update.
 
-    A (r, in) starts normal with standard deviation 1/r, B (out, r) starts at zero: the first output is the base's own.
-    Both are fp32 whatever the base is: an fp16 weight of 1.0 cannot take a step of 1e-4.
+    A (P·r, in) starts normal with standard deviation 1/r, B (P, out/P, r) at zero: the first output is the base's own.
+    Both have the base's dtype, in which the products are cheap; `inject.Adapters` holds what training steps in fp32.
     """
 
-    def __init__(self, base, rank, alpha, generator=None):
+    def __init__(self, base, rank, alpha, generator=None, parts=1):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = alpha
         self.scale = 1.0  # set at run time: 1 is the trained strength, 0 leaves the base bit for bit
-        device = base.weight.device
-        self.A = nn.Parameter((torch.randn(rank, base.in_features, generator=generator) / rank).to(device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+        A = torch.randn(parts * rank, base.in_features, generator=generator) / rank
+        self.A = nn.Parameter(A.to(base.weight.device, dtype))
+        self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=base.weight.device, dtype=dtype))
 
     @property
     def scaling(self):
@@ -41,16 +45,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out), in the dtype that the base returns for it."""
-        y = self.base(x)
         if self.scale == 0:  # skipped, not multiplied by 0: 0 · inf is NaN
-            return y
-        # A and B are cast to the activations' dtype, which is where the product is cheap; their gradients come back in fp32.
-        h = F.linear(x, self.A.to(x.dtype))  # (..., r)
-        return y + self.scaling * F.linear(h, self.B.to(h.dtype)).to(y.dtype)
+            return self.base(x)
+        rows, h = _Down.apply(x.flatten(0, -2), self.A)  # (N, in), (N, P·r)
+        y = _Up.apply(self.base(rows), h, self.B, self.scaling)  # (N, out)
+        return y.view(*x.shape[:-1], -1)
 
     def delta(self):
         """(out, in) fp32: what the update adds to W at the present scale."""
-        return self.scaling * (self.B.float() @ self.A.float())
+        A = self.A.float().view(len(self.B), self.rank, -1)
+        return self.scaling * (self.B.float() @ A).flatten(0, 1)
 
     @torch.no_grad()
     def merge(self):
@@ -59,3 +63,47 @@ class LoRALinear(nn.Module):
             raise TypeError(f"cannot merge into {self.base.weight.dtype} weights; load the base unquantised")
         self.base.weight.copy_((self.base.weight.float() + self.delta()).to(self.base.weight.dtype))
         return self.base
+
+
+class _Down(torch.autograd.Function):
+    """x (N, in), A (P·r, in) -> x for the base, and h = x Aᵀ (N, P·r).
+
+    Backward: x gets the base's gradient, and A's part is added into the same memory by the product itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A):
+        ctx.save_for_backward(x, A)
+        return x.view_as(x), x @ A.T
+
+    @staticmethod
+    def backward(ctx, dx, dh):
+        x, A = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:  # not for text, which nothing trainable comes before
+            dx.addmm_(dh, A)
+        return dx, dh.T @ x
+
+
+class _Up(torch.autograd.Function):
+    """y (N, out), h (N, P·r), B (P, out/P, r) -> y_p + scaling · h_p B_pᵀ for each part p, in y's own memory."""
+
+    @staticmethod
+    def forward(ctx, y, h, B, scaling):
+        ctx.save_for_backward(h, B)
+        ctx.scaling = scaling
+        _by_part(y, B).baddbmm_(_by_part(h, B), B.mT, alpha=scaling)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, B = ctx.saved_tensors
+        dy, dh = dy.contiguous(), torch.empty_like(h)
+        _by_part(dh, B).baddbmm_(_by_part(dy, B), B, beta=0, alpha=ctx.scaling)
+        dB = torch.baddbmm(B, _by_part(dy, B).mT, _by_part(h, B), beta=0, alpha=ctx.scaling)  # beta = 0: B is not read
+        return dy, dh, dB, None
+
+
+def _by_part(rows, B):
+    """(N, P·n) -> (P, N, n), a view."""
+    return rows.unflatten(-1, (len(B), -1)).transpose(0, 1)

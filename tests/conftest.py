@@ -56,28 +56,40 @@ def unet(_toy_unet):
     return copy.deepcopy(_toy_unet)
 
 
+SDXL = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    layers_per_block=2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+NARROW = dict(block_out_channels=(32, 64, 96), attention_head_dim=(1, 2, 3), cross_attention_dim=16)
+NARROW |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+
+
 def sdxl_unet():
     """SDXL base 1.0's UNet without its memory, from its published configuration."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        return UNet2DConditionModel(**SDXL)
 
 
-def unet_inputs(batch=2, side=8, seed=0):
+def narrow_sdxl_unet():
+    """All of SDXL's layers under their names, a twentieth as wide, with memory."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**SDXL | NARROW)
+
+
+def unet_inputs(batch=2, side=8, seed=0, dtype=torch.float32):
     """Random inputs of the toy's UNet, (positional, keyword), of the widths that its config asks for."""
     config = json.loads((PIPELINE / "unet" / "config.json").read_text())
     pooled_width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
@@ -87,7 +99,7 @@ def unet_inputs(batch=2, side=8, seed=0):
     text = torch.randn(batch, 77, config["cross_attention_dim"], generator=g)
     pooled = torch.randn(batch, pooled_width, generator=g)
     time_ids = torch.tensor([[300, 200, 0, 32, 128, 128]] * batch)
-    return (xt, t, text), dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids))
+    return (xt.to(dtype), t, text.to(dtype)), dict(added_cond_kwargs=dict(text_embeds=pooled.to(dtype), time_ids=time_ids))
 
 
 def predict(unet, inputs):
@@ -99,10 +111,15 @@ def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05):
     """Adapters with a B that is not zero, so that the update shows; alpha is not rank, so that a lost factor does too."""
     adapters = inject(unet, rank, alpha, seed)
     g = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for layer in adapters.layers.values():
-            layer.B.copy_(torch.randn(layer.B.shape, generator=g) * size)
+    for _, B in adapters.projections().values():
+        B.copy_(torch.randn(B.shape, generator=g) * size)
+    adapters.refresh()
     return adapters
+
+
+def add_gradients(adapters, loss):
+    """One backward, as the loop does it."""
+    adapters.add_gradients(torch.autograd.grad(loss, adapters.parameters))
 
 
 # ---- Commands

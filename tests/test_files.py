@@ -7,13 +7,13 @@ import struct
 
 import pytest
 import torch
-from conftest import inject_filled, predict, sdxl_unet, unet_inputs
+from conftest import inject_filled, narrow_sdxl_unet, predict, sdxl_unet, unet_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from data.safe import UserError
 from lora.files import export, key, load
-from lora.inject import targets
+from lora.inject import inject, targets
 
 # SDXL's transformers in SGM's numbering: block -> (path in diffusers, how many transformer blocks deep).
 SGM = {
@@ -51,6 +51,19 @@ def file(unet, tmp_path):
     return path, adapters
 
 
+PARTS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}  # what lies side by side in one layer
+
+
+def own_rows(adapters):
+    """{projection: its A, its B}, cut out of the layers once more."""
+    found, r = {}, adapters.rank
+    for name, layer in adapters.layers.items():
+        parent, last = name.rsplit(".", 1)
+        for i, part in enumerate(PARTS.get(last, (last,))):
+            found[f"{parent}.{part}"] = layer.A.detach()[r * i : r * i + r], layer.B.detach()[i]
+    return found
+
+
 def metadata(path):
     with safe_open(path, framework="pt") as stored:
         return stored.metadata()
@@ -60,7 +73,7 @@ def test_the_560_keys_of_full_sdxl():
     """A key spelled otherwise is ignored, silently, by ComfyUI, A1111, Forge or sd-scripts."""
     wanted = sdxl_keys()
     assert len(wanted) == len(set(wanted.values())) == 560
-    assert {name: key(name) for name, _ in targets(sdxl_unet())} == wanted
+    assert {name: key(name) for name, _, _ in targets(sdxl_unet())} == wanted
 
 
 def test_diffusers_reads_the_keys_of_full_sdxl_back_as_its_own():
@@ -69,25 +82,48 @@ def test_diffusers_reads_the_keys_of_full_sdxl_back_as_its_own():
 
     unet = sdxl_unet()
     tensors = {}
-    for name, layer in targets(unet):
-        tensors[f"{key(name)}.lora_down.weight"] = torch.zeros(1, layer.in_features)
-        tensors[f"{key(name)}.lora_up.weight"] = torch.zeros(layer.out_features, 1)
+    for name, inside, out in targets(unet):
+        tensors[f"{key(name)}.lora_down.weight"] = torch.zeros(1, inside)
+        tensors[f"{key(name)}.lora_up.weight"] = torch.zeros(out, 1)
         tensors[f"{key(name)}.alpha"] = torch.tensor(1.0)
     converted, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)
     spelled = [name.replace(".processor", "").replace("to_out_lora", "to_out.0_lora") for name in converted]
     layers = {name.removeprefix("unet.").split("_lora.")[0] for name in spelled}
-    assert layers == {name for name, _ in targets(unet)} and len(converted) == 1120 and len(alphas) == 560
+    assert layers == {name for name, _, _ in targets(unet)} and len(converted) == 1120 and len(alphas) == 560
 
 
 def test_what_is_in_the_file(file):
-    """1 + 1 + 1 tensors a layer in fp16, A as lora_down, B as lora_up, alpha as a number without axes."""
+    """1 + 1 + 1 tensors a projection in fp16, A as lora_down, B as lora_up, alpha as a number without axes.
+
+    Each projection has its own rows of the layer that it shares: q's A is not k's.
+    """
     path, adapters = file
-    stored = load_file(path)
-    assert len(stored) == 3 * len(adapters.layers)
-    for name, layer in adapters.layers.items():
-        assert torch.equal(stored[f"{key(name)}.lora_down.weight"], layer.A.detach().half())
-        assert torch.equal(stored[f"{key(name)}.lora_up.weight"], layer.B.detach().half())
+    stored, wanted = load_file(path), own_rows(adapters)
+    assert len(stored) == 3 * len(wanted) > 3 * len(adapters.layers)
+    for name, (A, B) in wanted.items():
+        assert torch.equal(stored[f"{key(name)}.lora_down.weight"], A.half())
+        assert torch.equal(stored[f"{key(name)}.lora_up.weight"], B.half())
         assert stored[f"{key(name)}.alpha"].shape == () and stored[f"{key(name)}.alpha"] == 6
+    for part in (0, 1):  # no two alike, so that the comparisons above tell them apart
+        assert len({pair[part].sum().item() for pair in wanted.values()}) == len(wanted)
+
+
+def test_an_export_of_all_of_sdxls_layers(tmp_path):
+    """560 projections out of 350 layers, under the 560 names; an fp16 base's from the fp32 numbers, not their copies."""
+    adapters = inject(narrow_sdxl_unet().half(), rank=2, alpha=3.0)
+    with torch.no_grad():
+        adapters.vector.normal_(generator=torch.Generator().manual_seed(0))
+    export(adapters, tmp_path / "before.safetensors", base="x", resolution=1024)  # the layers' copies are still old
+    adapters.refresh()
+    export(adapters, tmp_path / "after.safetensors", base="x", resolution=1024)
+    before, stored = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(stored) == {f"{name}.{part}" for name in sdxl_keys().values() for part in parts}
+    assert len(adapters.layers) == 350
+    for name, (A, B) in own_rows(adapters).items():
+        assert torch.equal(stored[f"{key(name)}.lora_down.weight"], A)
+        assert torch.equal(stored[f"{key(name)}.lora_up.weight"], B)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
 
 
 def test_metadata(file):
@@ -117,14 +153,18 @@ def test_the_same_weights_give_the_same_bytes(file, tmp_path):
     assert (8 + size) % 8 == 0 and list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
-def test_loading_gives_the_exported_weights_rank_and_alpha(file, _toy_unet):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_loading_gives_the_exported_weights_rank_and_alpha(dtype, file, _toy_unet):
+    """In what is trained on and in what computes: a vector that is loaded and not passed on would draw the base's pictures."""
     path, adapters = file
-    again, facts = load(copy.deepcopy(_toy_unet), path)
+    again, facts = load(copy.deepcopy(_toy_unet).to(dtype), path)
     assert (again.rank, again.alpha) == (4, 6) and facts["ss_output_name"] == "mine"
-    for name, layer in adapters.layers.items():
-        assert torch.equal(again.layers[name].A, layer.A.half().float())
-        assert torch.equal(again.layers[name].B, layer.B.half().float())
-    assert again.vector.data_ptr() == next(iter(again.layers.values())).A.data_ptr()
+    computing, training = own_rows(again), again.projections()
+    assert computing.keys() == training.keys() == own_rows(adapters).keys()
+    for name, pair in own_rows(adapters).items():
+        for number, ours, theirs in zip(pair, computing[name], training[name]):
+            assert ours.dtype == dtype and torch.equal(ours, number.half().to(dtype))
+            assert torch.equal(theirs, number.half().float())
 
 
 @pytest.mark.parametrize("alpha", [4.0, 6.0, 1.0])
@@ -150,10 +190,9 @@ def test_export_refuses_what_is_not_finite_in_fp16(bad, unet, tmp_path):
     """1e6 is finite in fp32 and infinite in the file: black pictures for whoever loads it. The old file stays."""
     adapters, path = inject_filled(unet), tmp_path / "lora.safetensors"
     path.write_bytes(b"the last good one")
-    name = list(adapters.layers)[3]
-    with torch.no_grad():
-        adapters.layers[name].B[0, 0] = bad
-    with pytest.raises(UserError, match=name):
+    name = [name for name in adapters.projections() if name.endswith("attn1.to_k")][1]
+    adapters.projections()[name][1][0, 0] = bad
+    with pytest.raises(UserError, match=rf"{name}\.lora_up is not finite"):
         export(adapters, path, base="x", resolution=1024)
     assert path.read_bytes() == b"the last good one" and len(list(tmp_path.iterdir())) == 1
 

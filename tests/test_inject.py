@@ -1,15 +1,34 @@
 """Where the updates go: which layers, what is frozen, one flat vector, and the whole UNet's arithmetic."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from conftest import inject_filled, predict, sdxl_unet, unet_inputs
+from conftest import add_gradients, inject_filled, predict, sdxl_unet, unet_inputs
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from data.safe import UserError
+from lora.attention import fuse_projections
 from lora.inject import ALIGN, TARGETS, inject, merge, targets
 from lora.linear import LoRALinear
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def fused(unet):
+    """A copy with its projections side by side and no adapters. Its last bits are its own: the sums may be others.
+
+    Frozen, as the adapted one is: for a weight that wants a gradient PyTorch's linear takes another kernel on a CPU.
+    """
+    unet = copy.deepcopy(unet).requires_grad_(False)
+    fuse_projections(unet)
+    return unet
+
+
+def loss(unet):
+    return predict(unet, unet_inputs()).square().mean()
 
 
 def test_adapted_unet_equals_the_merged_one(unet):
@@ -20,11 +39,12 @@ def test_adapted_unet_equals_the_merged_one(unet):
     adapters = inject_filled(unet)
     adapted = predict(unet, inputs)
     assert (adapted - base).abs().mean() > 0.01 * base.abs().mean()  # else the comparison below would say nothing
-    for name, layer in adapters.layers.items():
-        plain[f"{name}.weight"] += 6 / 4 * (layer.B @ layer.A).detach()
+    for name, (A, B) in adapters.projections().items():
+        plain[f"{name}.weight"] += 6 / 4 * (B @ A)
     merge(unet, adapters)
     merged = unet.state_dict()
     assert plain.keys() == merged.keys() and not any(isinstance(m, LoRALinear) for m in unet.modules())
+    assert all(type(m.processor) is AttnProcessor2_0 for m in unet.modules() if isinstance(m, Attention))  # diffusers' own
     for name, weight in plain.items():
         torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     torch.testing.assert_close(predict(unet, inputs), adapted, rtol=1e-4, atol=1e-5)
@@ -32,16 +52,19 @@ def test_adapted_unet_equals_the_merged_one(unet):
 
 
 def test_first_output_is_the_bases_own(unet):
+    """Bit for bit of the fused base, which is diffusers' own but for the last bits."""
     inputs = unet_inputs()
-    base = predict(unet, inputs)
+    plain, base = predict(unet, inputs), predict(fused(unet), inputs)
     inject(unet, rank=4, alpha=6.0)
     assert torch.equal(predict(unet, inputs), base)
+    close(predict(unet, inputs), plain)
 
 
 def test_scale_zero_is_the_base_bit_for_bit(unet):
     """Also with inf in B, and back at scale 1 the update is there again."""
     inputs = unet_inputs()
-    base = predict(unet, inputs)
+    plain, base = predict(unet, inputs), predict(fused(unet), inputs)
+    close(base, plain)
     adapters = inject_filled(unet)
     full = predict(unet, inputs)
     adapters.set_scale(0.0)
@@ -50,6 +73,8 @@ def test_scale_zero_is_the_base_bit_for_bit(unet):
     assert torch.equal(predict(unet, inputs), full)
     with torch.no_grad():
         adapters.vector[-ALIGN * 2 :] = torch.inf
+    adapters.refresh()
+    assert not predict(unet, inputs).isfinite().all()  # the layers have it
     adapters.set_scale(0.0)
     assert torch.equal(predict(unet, inputs), base)
 
@@ -57,7 +82,7 @@ def test_scale_zero_is_the_base_bit_for_bit(unet):
 def test_gradients_reach_only_a_and_b(unet):
     """A frozen weight that takes a gradient costs 10 GiB in SDXL; an A or B without one never learns."""
     adapters = inject_filled(unet)
-    predict(unet, unet_inputs()).square().mean().backward()
+    loss(unet).backward()
     trained = {id(p) for layer in adapters.layers.values() for p in (layer.A, layer.B)}
     assert {id(p) for p in unet.parameters() if p.requires_grad} == trained
     for name, p in unet.named_parameters():
@@ -67,64 +92,162 @@ def test_gradients_reach_only_a_and_b(unet):
             assert p.grad is None, name
 
 
-def test_every_a_b_and_gradient_is_a_view_into_the_vector(unet):
-    """Were one a copy, the optimizer would step the vector and the model would not move."""
+def places(adapters):
+    """Where each of adapters.parameters has its numbers in the vector: [slice]."""
+    found, at = [], 0
+    for part in adapters.parameters:
+        found.append(slice(at, at + part.numel()))
+        at += -(-part.numel() // 256) * 256
+    assert at == adapters.vector.numel()
+    return found
+
+
+def test_layers_and_gradients_follow_the_vector_place_by_place(unet):
+    """An A or B that refresh misses never moves; a gradient at its neighbour's place trains the wrong layer.
+
+    And nothing moves in memory: a recorded CUDA graph reads and writes at the addresses that it saw.
+    """
     adapters = inject(unet, rank=3, alpha=3.0)
-
-    def check():
-        at = 0
-        for layer in adapters.layers.values():
-            for part in (layer.A, layer.B):
-                for view, whole in ((part.data, adapters.vector.data), (part.grad, adapters.vector.grad)):
-                    assert view.data_ptr() == whole.data_ptr() + 4 * at and view.is_contiguous()
-                at += -(-part.numel() // 256) * 256
-        assert at == adapters.vector.numel()
-
-    check()
-    for _ in range(2):
-        predict(unet, unet_inputs()).square().mean().backward()
-        check()
-        assert adapters.vector.grad.any()
-        adapters.zero_grad()
-        check()
+    assert [id(p) for p in adapters.parameters] == [id(p) for l in adapters.layers.values() for p in (l.A, l.B)]
+    everything = [adapters.vector, adapters.vector.grad, *adapters.parameters]
+    addresses = [tensor.data_ptr() for tensor in everything]
+    for round in (1, 2):
+        with torch.no_grad():
+            adapters.vector.copy_(round * torch.arange(adapters.vector.numel()))
+        adapters.vector.grad.fill_(7)
+        adapters.refresh()
         assert not adapters.vector.grad.any()
+        for part, place in zip(adapters.parameters, places(adapters)):
+            assert torch.equal(part.flatten(), adapters.vector[place]) and part.is_contiguous()
+        gradients = [torch.full_like(part, float(i)) for i, part in enumerate(adapters.parameters, 1)]
+        adapters.add_gradients(gradients)
+        wanted = torch.zeros_like(adapters.vector)
+        for gradient, place in zip(gradients, places(adapters)):
+            wanted[place] = gradient.flatten()
+        assert torch.equal(adapters.vector.grad, wanted)
+        assert [tensor.data_ptr() for tensor in everything] == addresses
+    for master, place in zip(adapters.masters, places(adapters)):  # what is read and written by name is the vector itself
+        assert master.data_ptr() == adapters.vector[place].data_ptr() and torch.equal(master.flatten(), adapters.vector[place])
+
+
+def test_projections_are_their_rows_of_the_layers(unet):
+    """q's A is not k's. Written to by name, each changes its own rows and no other's."""
+    adapters = inject_filled(unet, rank=3)
+    numbers = {name: (A.clone(), B.clone()) for name, (A, B) in adapters.projections().items()}
+    cross = next(name for name in adapters.layers if name.endswith("attn2.to_kv")).removesuffix(".to_kv")
+    own = cross.replace("attn2", "attn1")
+    for layer, parts in ((f"{own}.to_qkv", "qkv"), (f"{cross}.to_kv", "kv"), (f"{cross}.to_q", "q")):
+        layer = adapters.layers[layer]
+        for i, part in enumerate(parts):
+            A, B = numbers[f"{own if 'qkv' in parts else cross}.to_{part}"]
+            assert torch.equal(layer.A[3 * i : 3 * i + 3], A) and torch.equal(layer.B[i], B)
+    for A, B in adapters.projections().values():
+        assert A.dtype == B.dtype == torch.float32
+    changed = f"{own}.to_k"
+    for part in adapters.projections()[changed]:
+        part.zero_()
+    for name, pair in adapters.projections().items():
+        for part, before in zip(pair, numbers[name]):
+            assert not part.any() if name == changed else torch.equal(part, before)
 
 
 def test_two_backwards_accumulate(unet):
-    """Gradient accumulation relies on it: a view replaced rather than added to would lose the first micro-step."""
+    """Gradient accumulation relies on it: replaced rather than added to, the first micro-step would be lost."""
     adapters = inject_filled(unet)
     for _ in range(2):
         once = adapters.vector.grad.clone()
-        predict(unet, unet_inputs()).square().mean().backward()
+        add_gradients(adapters, loss(unet))
     torch.testing.assert_close(adapters.vector.grad, 2 * once)
     assert once.any()
 
 
+def test_the_gradient_is_the_one_that_autograd_gives_the_layers(unet):
+    """Every place of the vector, the padding aside, in the order of the layers; backward() itself leaves the vector alone."""
+    adapters = inject_filled(unet, rank=3)
+    loss(unet).backward()
+    assert not adapters.vector.grad.any()
+    add_gradients(adapters, loss(unet))
+    for part, place in zip(adapters.parameters, places(adapters)):
+        assert part.grad.any()
+        torch.testing.assert_close(adapters.vector.grad[place].view_as(part), part.grad)
+
+
 def test_stepping_the_vector_moves_the_layers_and_the_padding_stays_zero(unet):
     adapters = inject_filled(unet, rank=3)
-    before = {name: layer.A.detach().clone() for name, layer in adapters.layers.items()}
-    predict(unet, unet_inputs()).square().mean().backward()
+    before = [part.detach().clone() for part in adapters.parameters]
+    add_gradients(adapters, loss(unet))
     torch.optim.AdamW([adapters.vector], lr=1e-2).step()
-    assert all(not torch.equal(before[name], layer.A) for name, layer in adapters.layers.items())
+    adapters.refresh()
+    assert all(not torch.equal(old, part) for old, part in zip(before, adapters.parameters))
     mask = torch.ones(adapters.vector.numel(), dtype=torch.bool)
-    for layer in adapters.layers.values():
-        for part in (layer.A, layer.B):
-            at = (part.data_ptr() - adapters.vector.data_ptr()) // 4
-            mask[at : at + part.numel()] = False
+    for place in places(adapters):
+        mask[place] = False
     assert mask.any() and not adapters.vector[mask].any()
+
+
+def rounded(adapters):
+    """Whether an fp16 base's layers compute with the vector as it is, rounded."""
+    return all(
+        part.dtype == torch.float16 and torch.equal(part.flatten(), adapters.vector[place].half())
+        for part, place in zip(adapters.parameters, places(adapters))
+    )
+
+
+def test_an_fp16_base_computes_with_the_fp32_vector_rounded(unet):
+    """After a real step: the vector and its gradient hold what fp16 cannot, the layers follow as near as they can."""
+    adapters = inject_filled(unet.half(), rank=3)
+    assert rounded(adapters) and adapters.vector.dtype == adapters.vector.grad.dtype == torch.float32
+    before = adapters.vector.detach().clone()
+    add_gradients(adapters, predict(unet, unet_inputs(dtype=torch.float16)).float().square().mean())
+    torch.optim.AdamW([adapters.vector], lr=1e-3).step()
+    adapters.refresh()
+    assert rounded(adapters) and not torch.equal(adapters.vector.half(), before.half())
+    assert not torch.equal(adapters.vector, adapters.vector.half().float())
+
+
+def test_steps_and_gradients_below_fp16s_resolution_add_up(unet):
+    """Of steps of 1e-5 at 1.0 fp16 holds not one in fifty: stepped in fp16, nothing would ever be learned."""
+    adapters = inject(unet.half(), rank=3, alpha=3.0)
+
+    def add(value):
+        adapters.add_gradients([torch.full_like(part, value) for part in adapters.parameters])
+
+    add(2048.0), add(1.0)  # fp16's next number is 2050
+    assert all((adapters.vector.grad[place] == 2049).all() for place in places(adapters))
+
+    optimizer = torch.optim.AdamW([adapters.vector], lr=1e-5, weight_decay=0.0)
+    for master in adapters.masters:
+        master.fill_(1.0)
+    adapters.refresh()
+    for step in range(1, 101):
+        add(-0.5)
+        optimizer.step()
+        adapters.refresh()
+        assert rounded(adapters)
+        if step == 10:
+            assert all((part == 1).all() for part in adapters.parameters)  # not to be seen yet
+    for part, master in zip(adapters.parameters, adapters.masters):
+        torch.testing.assert_close(master - 1, torch.full_like(master, 1e-3), rtol=0.01, atol=0)
+        assert (part > 1).all()
 
 
 def test_full_sdxl_has_560_targets():
     """The numbers that README and design promise; one attention left out would train, and be missing in every tool."""
     unet = sdxl_unet()
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
-    assert len(targets(unet)) == 560
+    wanted = targets(unet)
+    assert len(wanted) == len({name for name, _, _ in wanted}) == 560
+    fuse_projections(unet)
+    assert sorted(targets(unet)) == sorted(wanted)  # fused or not
     rank = 2
     adapters = inject(unet, rank, alpha=1.0)
-    assert len(adapters.layers) == 560
+    found = adapters.projections()
+    assert sorted((name, A.shape[1], len(B)) for name, (A, B) in found.items()) == sorted(wanted)
+    assert all(len(A) == B.shape[1] == rank for A, B in found.values())
+    assert len(adapters.layers) == 70 * (2 + 3)  # to_qkv and to_out; to_q, to_kv and to_out
     assert adapters.parameters_count() == 1_451_520 * rank
     assert adapters.vector.numel() >= adapters.parameters_count() and adapters.vector.numel() % 256 == 0
-    assert sum(isinstance(m, LoRALinear) for m in unet.modules()) == 560
+    assert sum(isinstance(m, LoRALinear) for m in unet.modules()) == 350
 
 
 def test_injecting_twice_is_refused_and_changes_nothing(unet):
@@ -171,26 +294,27 @@ def test_peft_trains_the_same(unet, _toy_unet):
         LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS)), copy.deepcopy(_toy_unet).requires_grad_(False)
     )
     with torch.no_grad():
-        for name, layer in adapters.layers.items():
+        for name, (A, B) in adapters.projections().items():
             other = theirs.get_submodule(name)
-            other.lora_A["default"].weight.copy_(layer.A)
-            other.lora_B["default"].weight.copy_(layer.B)
+            other.lora_A["default"].weight.copy_(A)
+            other.lora_B["default"].weight.copy_(B)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     assert sum(p.numel() for p in parameters) == adapters.parameters_count()
     inputs = unet_inputs()
     wanted = torch.randn(inputs[0][0].shape, generator=torch.Generator().manual_seed(9))
 
-    def losses(model, optimizer, zero_grad):
+    def losses(model, optimizer, backward, after):
         for _ in range(20):
             loss = (predict(model, inputs) - wanted).square().mean()
-            loss.backward()
+            backward(loss)
             optimizer.step()
-            zero_grad()
+            after()
             yield loss.item()
 
     ours = torch.optim.AdamW([adapters.vector], lr=1e-3)
     peft = torch.optim.AdamW(parameters, lr=1e-3)
-    a, b = list(losses(unet, ours, adapters.zero_grad)), list(losses(theirs, peft, peft.zero_grad))
+    a = list(losses(unet, ours, functools.partial(add_gradients, adapters), adapters.refresh))
+    b = list(losses(theirs, peft, torch.Tensor.backward, peft.zero_grad))
     assert a == pytest.approx(b, rel=1e-5)
     assert a[-1] < 0.95 * a[0]  # it learned, so the agreement is about training
 

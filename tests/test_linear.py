@@ -1,15 +1,18 @@
 """The layer: y = W x + b + (alpha / rank) B (A x)."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lora.linear import LoRALinear
 
 
-def layer(base=None, rank=4, alpha=6.0, filled=True, seed=0):
+def layer(base=None, rank=4, alpha=6.0, filled=True, seed=0, parts=1):
     g = torch.Generator().manual_seed(seed)
-    adapted = LoRALinear(base or nn.Linear(12, 8), rank, alpha, g)
+    adapted = LoRALinear(base or nn.Linear(12, 8), rank, alpha, g, parts)
     if filled:
         with torch.no_grad():
             adapted.B.normal_(generator=g)
@@ -20,7 +23,7 @@ def test_forward_is_the_papers_equation():
     """Written out in fp64 from the weights: a factor, a transpose or the bias forgotten would show."""
     adapted, x = layer(), torch.randn(3, 5, 12)
     W, b, A, B = (p.detach().double() for p in (adapted.base.weight, adapted.base.bias, adapted.A, adapted.B))
-    wanted = torch.einsum("oi,...i->...o", W + 6 / 4 * B @ A, x.double()) + b
+    wanted = torch.einsum("oi,...i->...o", W + 6 / 4 * B[0] @ A, x.double()) + b
     torch.testing.assert_close(adapted(x).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -54,21 +57,23 @@ def test_scale_is_read_at_run_time_and_linear():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_base_of_any_dtype_keeps_it_while_a_and_b_stay_fp32(dtype):
-    """A and B in fp16 would lose steps of 1e-4, and GradScaler refuses their gradients."""
+def test_base_of_any_dtype_is_computed_in_it(dtype):
+    """A and B of another dtype would cost a conversion each, in every layer and every micro-step."""
     adapted = layer(nn.Linear(12, 8).to(dtype))
     y = adapted(torch.randn(3, 12).to(dtype))
     y.float().square().sum().backward()
     assert y.dtype == dtype
     for part in (adapted.A, adapted.B):
-        assert part.dtype == part.grad.dtype == torch.float32 and part.grad.any()
+        assert part.dtype == part.grad.dtype == dtype and part.grad.any()
     assert adapted.base.weight.grad is None and adapted.base.bias.grad is None
 
 
-def test_gradients_equal_finite_differences():
-    """A cast or a detach in the wrong place would train with a wrong gradient and nobody would see."""
-    adapted = layer(nn.Linear(5, 3)).double()
-    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5)])
+def test_gradients_equal_finite_differences(parts, shape):
+    """They are written by hand: a factor or a transpose forgotten would train with a wrong gradient and nobody would see."""
+    adapted = layer(nn.Linear(5, 6), parts=parts).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     inputs = (x, adapted.A.detach().requires_grad_(), adapted.B.detach().requires_grad_())
     assert torch.autograd.gradcheck(lambda x, A, B: torch.func.functional_call(adapted, {"A": A, "B": B}, x), inputs)
 
@@ -97,12 +102,44 @@ def test_same_generator_state_gives_the_same_a():
     assert not torch.equal(layer(seed=3).A, layer(seed=4).A)
 
 
+def test_parts_side_by_side_equal_layers_of_their_own():
+    """Forward, gradients and merge: q's update must not leak into k."""
+    parts = [layer(nn.Linear(12, 8), seed=seed) for seed in range(3)]
+    stacked = layer(nn.Linear(12, 24), parts=3)
+    with torch.no_grad():
+        stacked.base.weight.copy_(torch.cat([p.base.weight for p in parts]))
+        stacked.base.bias.copy_(torch.cat([p.base.bias for p in parts]))
+        stacked.A.copy_(torch.cat([p.A for p in parts]))
+        stacked.B.copy_(torch.cat([p.B for p in parts]))
+    x, weight = torch.randn(2, 5, 12), torch.randn(2, 5, 24)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    ys = stacked(inputs[0]), torch.cat([p(inputs[1]) for p in parts], dim=-1)
+    for y in ys:
+        (y * weight).sum().backward()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(*ys)
+    close(inputs[0].grad, inputs[1].grad)
+    close(stacked.A.grad, torch.cat([p.A.grad for p in parts]))
+    close(stacked.B.grad, torch.cat([p.B.grad for p in parts]))
+    close(stacked.delta(), torch.cat([p.delta() for p in parts]))
+
+
+def test_an_input_used_twice_gets_both_gradients():
+    """The backward adds into the gradient it is given: into one that somebody else still reads, it would be wrong."""
+    first, second, x = layer(seed=1), layer(seed=2), torch.randn(3, 12, requires_grad=True)
+    (first(x) + second(x) + x.sum()).square().sum().backward()
+    plain = x.detach().requires_grad_()
+    y = sum(F.linear(plain, l.base.weight + l.delta(), l.base.bias) for l in (first, second)) + plain.sum()
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_quantised_base():
     """bitsandbytes' 4-bit layer: its packed weight has another shape and dtype; only its output may be used."""
     bnb = pytest.importorskip("bitsandbytes")
     base = bnb.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     adapted, x = layer(base), torch.randn(2, 64)
-    torch.testing.assert_close(adapted(x), base(x) + 1.5 * x @ adapted.A.T @ adapted.B.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapted(x), base(x) + 1.5 * x @ adapted.A.T @ adapted.B[0].T, rtol=1e-4, atol=1e-4)
     adapted(x).square().sum().backward()
     assert adapted.A.grad.any() and adapted.B.grad.any()
     with pytest.raises(TypeError, match="unquantised"):

@@ -33,6 +33,20 @@ def test_load_equals_from_pretrained(_toy_unet):
     assert not [n for n, b in ours.named_buffers() if b.is_meta]
 
 
+def test_prepare_sees_the_weights_before_they_move():
+    """Changed on the device, a model leaves holes in its memory; frozen before the change, new layers would train."""
+    seen = []
+
+    def prepare(unet):
+        seen.append({p.device.type for p in unet.parameters()})
+        unet.add_module("new", torch.nn.Linear(2, 2, dtype=torch.float16))
+
+    ours = load(UNet2DConditionModel, Model(str(PIPELINE)).part("unet"), torch.float16, torch.device("meta"), prepare)
+    assert seen == [{"cpu"}]
+    assert all(p.is_meta and p.dtype == torch.float16 and not p.requires_grad for p in ours.parameters())
+    assert ours.new.weight.is_meta and not ours.new.training
+
+
 def test_the_variant_is_taken_where_there_is_one(model):
     assert Model(str(model), None, "fp16").part("unet").variant is None
     shutil.copy(weights(model), weights(model, "diffusion_pytorch_model.fp16.safetensors"))

@@ -219,7 +219,7 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
     with pytest.raises(SystemExit) as stop:
         safe.run(full, [])
     printed = capsys.readouterr().err
-    assert stop.value.code == 3 and "--gradient_checkpointing" in printed and printed.count("\n") == 1
+    assert stop.value.code == 3 and "--vram_gib" in printed and printed.count("\n") == 1
 
     def broken(_):
         raise RuntimeError("a bug")

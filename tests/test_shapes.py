@@ -15,7 +15,7 @@ from data.buckets import sizes
 from data.cache import Cache
 from data.encoders import VAE
 from data.images import read_rgb
-from train import loop
+from train.batches import chosen
 
 MIXED = 60
 RESOLUTION = 128
@@ -107,7 +107,7 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
     values = settings("train", train_batch_size=3, gradient_accumulation_steps=2, seed=7)
     seen = {0: [], 1: [], 2: []}
     for step in range(60):
-        of_step = [loop.chosen(cache, values, step, slot) for slot in range(2)]
+        of_step = [chosen(cache, values, step, slot) for slot in range(2)]
         (size,) = {int(cache.index[example]["size"]) for examples in of_step for example in examples}
         seen[size] += sum(of_step, [])
     for size, drawn in seen.items():
@@ -123,7 +123,7 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=1)
     cache = Cache(mixed[2] / "cache")
-    assert len({int(cache.index[loop.chosen(cache, values, step, 0)[0]]["size"]) for step in range(3)}) > 1
+    assert len({int(cache.index[chosen(cache, values, step, 0)[0]]["size"]) for step in range(3)}) > 1
     folders = [tmp_path / "once", tmp_path / "thrice"]
     for folder in folders:
         shutil.copytree(mixed[2] / "cache", folder / "cache")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import PICTURES, PIPELINE, PRECOMPUTE, TRAIN, content, edit_captions, here, precompute, settings
 from PIL import Image
 
@@ -14,7 +15,7 @@ from data.cache import Cache
 from data.dataset import open_examples
 from data.safe import UserError
 from data.survey import survey
-from train import loop
+from train.batches import chosen, draw
 
 
 def everything(folder):
@@ -194,7 +195,7 @@ def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
     outside = {i for i, name in enumerate(cache.names(range(24))) if wanted[name]}
     assert 2 < len(outside) < 15 and len(cache) == 24 - len(outside) and cache.manifest["held_out"] == len(outside)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=2, seed=5)
-    drawn = [example for step in range(40) for slot in range(2) for example in loop.chosen(cache, values, step, slot)]
+    drawn = [example for step in range(40) for slot in range(2) for example in chosen(cache, values, step, slot)]
     assert set(drawn) == set(range(24)) - outside
     batch = cache.batch(sorted(outside), np.zeros(len(outside), bool), np.zeros(len(outside), bool))
     assert batch["mean"].any()  # there for validation
@@ -281,9 +282,9 @@ def test_a_file_name_that_is_not_utf_8_is_no_obstacle(pictures, tmp_path):
 def test_training_does_not_read_the_names(cached, tmp_path):
     """They are for messages: gone or changed, the same numbers come."""
     values = settings("train", train_batch_size=4)
-    signal = loop.torch.ones(1000)
-    wanted = loop.draw(Cache(cached / "cache"), values, signal, 0, 0)
+    signal = torch.ones(1000)
+    wanted = draw(Cache(cached / "cache"), values, signal, 0, 0)
     shutil.copytree(cached, tmp_path / "run")
     (tmp_path / "run" / "cache" / "names.txt").unlink()
-    found = loop.draw(Cache(tmp_path / "run" / "cache"), values, signal, 0, 0)
-    assert all(loop.torch.equal(wanted[name], found[name]) for name in wanted)
+    found = draw(Cache(tmp_path / "run" / "cache"), values, signal, 0, 0)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)

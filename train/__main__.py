@@ -1,5 +1,6 @@
 """python -m train: flags first, then the seconds it takes to import torch."""
 
+import os
 import sys
 
 from data import safe
@@ -8,6 +9,7 @@ from data.flags import parse
 
 def main(argv):
     settings = parse("train", argv)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer holes in the GPU's memory
     with safe.run_folder(settings.output_dir) as run:
         from train.loop import train
 

@@ -15,19 +15,21 @@ from data.safe import UserError, atomic_write
 
 KEPT = 2
 DIGEST = hashlib.sha256().digest_size
-MAY_CHANGE = {"output_dir", "max_train_steps", "checkpointing_steps"}  # between a run and its continuation
+# Between a run and its continuation; the last four change how a step is computed, not what
+MAY_CHANGE = {"output_dir", "max_train_steps", "checkpointing_steps"}
+MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
 
 
-def save_state(folder, step, adapters, optimizer, scaler, identity):
+def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
     """Write the state after `step` optimizer steps; older ones go once it is safe on disk.
 
-    identity: what a continuation must agree with, {name: plain value}.
+    identity: what a continuation must agree with, {name: plain value}; plan: what it takes over (plan.make), plain values.
     """
     tensors, numbers = {"vector": adapters.vector.detach()}, {}
     for name, value in optimizer.state[adapters.vector].items():
         kept = tensors if torch.is_tensor(value) else numbers
         kept[f"optimizer.{name}"] = value
-    facts = dict(step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity)
+    facts = dict(step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity, plan=plan)
     blob = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"state": json.dumps(facts)})
     with atomic_write(folder / f"{step:06d}.state") as file:
         file.write(blob)
@@ -37,7 +39,7 @@ def save_state(folder, step, adapters, optimizer, scaler, identity):
 
 
 def load_state(folder, adapters, optimizer, scaler, identity):
-    """Put the newest good state back. Returns how many steps are done, 0 when there is no state.
+    """Put the newest good state back. Returns how many steps are done and the plan; 0 and None when there is no state.
 
     A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (never silently
     from 0), or when the settings differ from those of the run.
@@ -52,18 +54,19 @@ def load_state(folder, adapters, optimizer, scaler, identity):
     else:
         if files:
             raise UserError(f"{folder}: every state is damaged; move the folder away to start from step 0")
-        return 0
+        return 0, None
     (size,) = struct.unpack("<Q", blob[:8])
     facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
     _same_run(path, facts["identity"], identity)
     tensors = load(blob)
     with torch.no_grad():
         adapters.vector.copy_(tensors.pop("vector"))
+    adapters.refresh()
     state = {name.removeprefix("optimizer."): value for name, value in {**tensors, **facts["numbers"]}.items()}
     if state:
         optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
-    return facts["step"]
+    return facts["step"], facts["plan"]
 
 
 def _same_run(path, there, here):

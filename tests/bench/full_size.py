@@ -2,7 +2,7 @@
 
 Makes a pipeline of SDXL's exact shapes (UNet 2,567,463,684 parameters, both CLIPs, VAE; fp16) and 16 pictures in OUT/work,
 then runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds per step,
-images/s of precompute, peak reserved GiB of each stage, and the cosine of the fp16 LoRA gradient with an fp32 one.
+images/s of precompute and peak reserved GiB of each stage. The training step by itself is step.py's.
 `--toy` does the same with the small pipeline, for a machine without a GPU.
 """
 
@@ -132,42 +132,6 @@ def command(work, cap, module, *flags):
     return done.stdout, time.perf_counter() - began, json.loads(peak.read_text()) if peak.exists() else None
 
 
-def gradient_cosine(pipeline, cache, device):
-    """Cosine of the LoRA gradient in fp16 (autocast, scaled loss) with that in fp32, B not zero, on one micro-batch."""
-    from diffusers import UNet2DConditionModel
-
-    from data.cache import Cache
-    from data.flags import parse
-    from data.models import Model, load
-    from lora.inject import inject
-    from train import diffusion
-    from train.loop import draw
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    cache = Cache(cache)
-    settings = parse("train", ["--output_dir", "unused"])
-    model = Model(pipeline, variant="fp16")
-    signal = diffusion.noise_schedule(model.part("scheduler").config("scheduler_config.json"))
-    gradients = []
-    for dtype in (torch.float32, torch.float16):
-        unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
-        adapters = inject(unet, settings.rank, settings.rank, settings.seed)
-        with torch.no_grad():
-            for layer in adapters.layers.values():
-                layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
-        batch = {name: part.to(device) for name, part in draw(cache, settings, signal, 0, 0).items()}
-        xt = diffusion.add_noise(batch["x0"], batch["eps"], batch["t"], signal.to(device))
-        with torch.autocast(device.type, torch.float16, enabled=dtype == torch.float16):
-            cond = dict(text_embeds=batch["pooled"].to(dtype), time_ids=batch["time_ids"])
-            prediction = unet(xt, batch["t"], batch["text"].to(dtype), added_cond_kwargs=cond).sample
-        loss = diffusion.loss(prediction, batch["eps"], 1.0)
-        (loss * (65536 if dtype == torch.float16 else 1)).backward()
-        gradients.append(adapters.vector.grad.double())
-        print(f"{dtype}: loss {loss.item():.6f}, gradient norm {gradients[-1].norm().item():.4g}")
-        del unet, adapters
-    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -239,7 +203,6 @@ def main():
     )
     report = json.loads((work / "nothing recomputed/compare/report.json").read_text())
     results["compare"] = dict(s_per_picture=report["median_s_per_picture"], peak_reserved_gib=peak, seconds_with_imports=seconds)
-    results["gradient_cosine_fp16_to_fp32"] = gradient_cosine(str(pipeline), run / "cache", device)
     (args.out / "full_size.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))
 

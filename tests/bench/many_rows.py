@@ -80,7 +80,7 @@ def read(run):
 
     from data.cache import Cache
     from data.flags import parse
-    from train.loop import draw
+    from train.batches import draw
 
     before, began = resident(), time.perf_counter()
     cache = Cache(Path(run) / "cache")

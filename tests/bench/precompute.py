@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.encoders import VAE, OneHeadAttention, TextEncoders
-from data.models import Model
+from data.encoders import VAE, TextEncoders
+from data.models import Model, load
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 
@@ -37,18 +37,14 @@ def seconds(work, repeats, device):
 
 
 def one_at_a_time(model, precision, pictures, resolution, device):
-    """Images/s of the plain way: for each picture decode, resize, VAE, both text encoders, wait."""
-    vae, texts = VAE(model, precision), TextEncoders(model, precision).load(device)
-    vae.load(device)
-    vae.vae.to(memory_format=torch.contiguous_format)
-    vae.vae.encoder.mid_block.attentions[0].set_processor(AttnProcessor2_0())
-    torch.backends.cudnn.benchmark = False
+    """Images/s of the plain way: for each picture decode, resize, diffusers' VAE, both text encoders, wait."""
+    vae, texts = plain_vae(model, precision, device), TextEncoders(model, precision).load(device)
 
     def encode(data):
         image = Image.open(io.BytesIO(data)).convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
         with torch.inference_mode():
             x = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
-            vae.vae.encode(x.to(vae.dtype)).latent_dist.sample().cpu()
+            vae.encode(x.to(vae.dtype)).latent_dist.sample().cpu()
         [part.cpu() for part in texts(["a picture with a red house in the forest"])]
 
     for data in pictures[:2]:
@@ -59,20 +55,27 @@ def one_at_a_time(model, precision, pictures, resolution, device):
     return (len(pictures) - 2) / (time.perf_counter() - began)
 
 
+def plain_vae(model, precision, device):
+    """diffusers' own."""
+    torch.backends.cudnn.benchmark = False
+    return load(AutoencoderKL, model.part("vae"), VAE(model, precision).dtype, device)
+
+
 def vae_alone(model, precision, resolution, device, repeats):
     """{arrangement: images/s} of the VAE encoder on pixels that are on the device already."""
-    vae, rates = VAE(model, precision).load(device), {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for attention in (AttnProcessor2_0(), OneHeadAttention()):
-            for batch in (1, 2, 4):
-                vae.vae.encoder.to(memory_format=layout)
-                vae.vae.encoder.mid_block.attentions[0].set_processor(attention)
-                x = torch.rand(batch, 3, resolution, resolution, device=device).to(vae.dtype, memory_format=layout) * 2 - 1
-                with torch.inference_mode():
-                    took = seconds(lambda: vae.vae.encode(x).latent_dist.mean, repeats, device)
-                name = f"{'NHWC' if layout == torch.channels_last else 'NCHW'} {type(attention).__name__} batch {batch}"
-                rates[name] = batch / took
-                print(f"{name}: {rates[name]:.1f} images/s", flush=True)
+    rates = {}
+    for name in ("ours", "diffusers"):
+        if name == "ours":
+            ours = VAE(model, precision).load(device)
+            vae, layout = ours.vae, ours.layout
+        else:
+            vae, layout = plain_vae(model, precision, device), torch.contiguous_format
+        for batch in (1, 2, 4, 8):
+            x = (torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1).to(vae.dtype, memory_format=layout)
+            with torch.inference_mode():
+                took = seconds(lambda: vae.encode(x).latent_dist.mean, repeats, device)
+            rates[f"{name}, batch {batch}"] = batch / took
+            print(f"{name}, batch {batch}: {batch / took:.1f} images/s", flush=True)
     return rates
 
 

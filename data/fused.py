@@ -1,0 +1,191 @@
+"""Frozen models with fewer kernels and fewer saved activations; the same function. Skip it on a first reading.
+
+Two places of SDXL's UNet cost more memory traffic than their arithmetic is worth, 70 and 46 times; the second one, of its
+VAE as well:
+
+    GEGLU          value · gelu(gate), of the two halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
+    group norm     then SiLU (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
+
+Here each keeps its input alone for the backward, which computes the rest again. With Triton each is one function of our own
+(triton_kernels.py), images are channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from data.safe import UserError
+
+
+def fuse(model, compiled):
+    """Swap the modules of a frozen UNet or VAE for those below. compiled: with the kernels in triton_kernels.py."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GEGLU):
+            model.set_submodule(name, FusedGEGLU(module, compiled))
+        elif isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
+            model.set_submodule(name, FusedResnet(module, compiled))
+        elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
+            model.set_submodule(name, FusedTransformer(module, compiled))
+        elif isinstance(module, (UNet2DConditionModel, Encoder)):
+            module.conv_norm_out, module.conv_act = FusedGroupNorm(module.conv_norm_out, True, compiled), nn.Identity()
+    if compiled:
+        model.to(memory_format=torch.channels_last)
+
+
+def works(device):
+    """None where Triton can compile for `device`, else the reason why not."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):  # Triton ended its support of Turing, the T4, with 3.2
+        return f"{torch.cuda.get_device_name(device)} is older than what Triton compiles for"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def wanted(setting, device):
+    """--compile auto, on or off -> whether to use Triton's kernels. Raises UserError where `on` cannot be."""
+    reason = works(device)
+    if reason and setting == "on":
+        raise UserError(f"--compile on: {reason}; leave it at auto")
+    if reason and setting == "auto" and device.type == "cuda":
+        print(f"{reason}: PyTorch's own kernels are used")
+    return setting != "off" and not reason
+
+
+class FusedGEGLU(nn.Module):
+    """In place of diffusers' GEGLU."""
+
+    def __init__(self, geglu, compiled):
+        super().__init__()
+        self.proj, self.compiled = geglu.proj, compiled
+
+    def forward(self, x):
+        return _GEGLU.apply(self.proj(x), _kernels(self.compiled))
+
+
+class FusedGroupNorm(nn.Module):
+    """Group norm, and SiLU behind it."""
+
+    def __init__(self, norm, silu, compiled):
+        super().__init__()
+        self.norm, self.silu, self.compiled = norm, silu, compiled
+
+    def forward(self, x):
+        n = self.norm
+        return _GroupNorm.apply(x, n.weight, n.bias, n.num_groups, n.eps, self.silu, _kernels(self.compiled))
+
+
+class FusedResnet(nn.Module):
+    """In place of diffusers' ResnetBlock2D, as SDXL configures it."""
+
+    def __init__(self, block, compiled):
+        super().__init__()
+        self.norm1, self.norm2 = (FusedGroupNorm(norm, True, compiled) for norm in (block.norm1, block.norm2))
+        self.conv1, self.conv2, self.conv_shortcut = block.conv1, block.conv2, block.conv_shortcut or nn.Identity()
+        self.time_emb_proj = block.time_emb_proj
+
+    def forward(self, x, temb=None):
+        h = self.conv1(self.norm1(x))
+        if temb is not None:  # a VAE has no timesteps
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(self.norm2(h))
+
+
+class FusedTransformer(nn.Module):
+    """In place of diffusers' Transformer2DModel, as SDXL configures it: a channels_last image is a list of tokens already."""
+
+    gradient_checkpointing = False  # both set by the UNet's enable_gradient_checkpointing
+    _gradient_checkpointing_func = None
+
+    def __init__(self, transformer, compiled):
+        super().__init__()
+        self.norm = FusedGroupNorm(transformer.norm, False, compiled)
+        self.proj_in, self.proj_out = transformer.proj_in, transformer.proj_out
+        self.transformer_blocks = transformer.transformer_blocks
+
+    def forward(self, x, encoder_hidden_states=None, **unused):
+        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
+            else:
+                tokens = block(tokens, None, encoder_hidden_states)
+        return (x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2),)
+
+
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p, kernels):
+        ctx.save_for_backward(p)
+        ctx.kernels = kernels
+        return kernels.geglu(p)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.kernels.geglu_backward(dy, *ctx.saved_tensors), None
+
+
+class _GroupNorm(torch.autograd.Function):
+    """The affine weights are frozen: the input alone has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu, kernels):
+        y, mean, rstd = kernels.group_norm(x, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.kernels, ctx.numbers = kernels, (groups, eps, silu)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.kernels.group_norm_backward(dy, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
+
+
+class Plain:
+    """Both functions and their gradients in PyTorch's kernels."""
+
+    @staticmethod
+    def geglu(p):
+        """p (..., 2 n), value and gate -> (..., n)"""
+        value, gate = p.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    def geglu_backward(dy, p):
+        value, gate = p.chunk(2, dim=-1)
+        dp = torch.empty_like(p)
+        dvalue, dgate = dp.chunk(2, dim=-1)
+        torch.mul(dy, F.gelu(gate), out=dvalue)
+        torch.ops.aten.gelu_backward.grad_input(dy * value, gate, grad_input=dgate)
+        return dp
+
+    @staticmethod
+    def group_norm(x, weight, bias, groups, eps, silu):
+        """x (B, C, h, w) -> y, and for the backward mean and 1/σ (B, groups)"""
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+        return F.silu(y, inplace=True) if silu else y, mean, rstd
+
+    @staticmethod
+    def group_norm_backward(dy, x, mean, rstd, weight, bias, groups, eps, silu):
+        if silu:
+            dy = torch.ops.aten.silu_backward(dy, F.group_norm(x, groups, weight, bias, eps))
+        return torch.ops.aten.native_group_norm_backward(
+            dy.contiguous(), x.contiguous(), mean, rstd, weight, *_sizes(x), groups, [True, False, False]
+        )[0]
+
+
+def _sizes(x):
+    return len(x), x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _kernels(compiled):
+    if not compiled:
+        return Plain
+    from data import triton_kernels
+
+    return triton_kernels

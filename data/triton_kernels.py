@@ -1,0 +1,160 @@
+"""The same two functions as in fused.py, each in one or two kernels of ours; read fused.py first, it says what they compute.
+
+GEGLU reads its input once. Group norm works on channels_last images, where a pixel's channels lie side by side: sums per
+channel over a stretch of pixels, sums of those per group, then the result, each number read twice and written once.
+All arithmetic is fp32. Sums are made in a fixed order: two runs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PIXELS, CHANNELS = 32, 64  # of one tile
+PROGRAMS = 512  # about as many as fill a large GPU
+COLUMNS = 1024
+
+
+def geglu(p):
+    out = p.new_empty(*p.shape[:-1], p.shape[-1] // 2)
+    columns = out.shape[-1]
+    _geglu[out.numel() // columns, triton.cdiv(columns, COLUMNS)](p, out, out, columns, False, COLUMNS)
+    return out
+
+
+def geglu_backward(dy, p):
+    dp, columns = torch.empty_like(p), dy.shape[-1]
+    _geglu[dy.numel() // columns, triton.cdiv(columns, COLUMNS)](p, dy.contiguous(), dp, columns, True, COLUMNS)
+    return dp
+
+
+@triton.jit
+def _geglu(p, y, out, columns, BACKWARD: tl.constexpr, COLUMNS: tl.constexpr):
+    """out = y = value · gelu(gate), or for BACKWARD out = the gradients of (value, gate) for y's gradient y."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < columns
+    value = tl.load(p + 2 * row * columns + c, inside, 0).to(tl.float32)
+    gate = tl.load(p + (2 * row + 1) * columns + c, inside, 0).to(tl.float32)
+    below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # of a standard normal
+    if BACKWARD:
+        dy = tl.load(y + row * columns + c, inside, 0).to(tl.float32)
+        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+        tl.store(out + 2 * row * columns + c, dy * gate * below, inside)
+        tl.store(out + (2 * row + 1) * columns + c, dy * value * (below + gate * density), inside)
+    else:
+        tl.store(out + row * columns + c, value * gate * below, inside)
+
+
+def group_norm(x, weight, bias, groups, eps, silu):
+    x = x.contiguous(memory_format=torch.channels_last)
+    mean, rstd = _statistics(x, x, x, x, weight, bias, groups, eps, silu, False)
+    y = torch.empty_like(x)
+    _apply[_tiles(x)](x, x, y, mean, rstd, mean, mean, weight, bias, *_sizes(x, groups), silu, False, PIXELS, CHANNELS)
+    return y, mean, rstd
+
+
+def group_norm_backward(dy, x, mean, rstd, weight, bias, groups, eps, silu):
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    first, second = _statistics(x, dy, mean, rstd, weight, bias, groups, eps, silu, True)
+    dx = torch.empty_like(x)
+    _apply[_tiles(x)](x, dy, dx, mean, rstd, first, second, weight, bias, *_sizes(x, groups), silu, True, PIXELS, CHANNELS)
+    return dx
+
+
+def _sizes(x, groups):
+    """pixels, channels, channels per group"""
+    return x.shape[2] * x.shape[3], x.shape[1], x.shape[1] // groups
+
+
+def _tiles(x):
+    pixels, channels, _ = _sizes(x, 1)
+    return triton.cdiv(pixels, PIXELS), triton.cdiv(channels, CHANNELS), len(x)
+
+
+def _statistics(x, dy, mean, rstd, weight, bias, groups, eps, silu, backward):
+    """Two numbers per image and group, (B, groups) fp32 each: mean and 1/σ, or the two means that the backward subtracts."""
+    pixels, channels, per_group = _sizes(x, groups)
+    across = triton.cdiv(channels, CHANNELS) * len(x)
+    stretches = max(1, min(PROGRAMS // across, triton.cdiv(pixels, PIXELS)))
+    stretch = triton.cdiv(triton.cdiv(pixels, stretches), PIXELS) * PIXELS
+    stretches = triton.cdiv(pixels, stretch)
+    sums = x.new_empty(len(x), stretches, 2, channels, dtype=torch.float32)
+    grid = stretches, triton.cdiv(channels, CHANNELS), len(x)
+    _sums[grid](x, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, silu, backward, PIXELS, CHANNELS)
+    first, second = x.new_empty(2, len(x), groups, dtype=torch.float32)
+    width = triton.next_power_of_2(per_group)
+    _reduce[groups, len(x)](sums, first, second, stretches, channels, per_group, pixels * per_group, eps, backward, 16, width)
+    return first, second
+
+
+@triton.jit
+def _gradient(x, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """-> x normalised, and the gradient that reaches it"""
+    normal = (x - mean) * rstd
+    if SILU:
+        z = normal * weight + bias
+        s = tl.sigmoid(z)
+        dy = dy * s * (1 + z * (1 - s))
+    return normal, dy * weight
+
+
+@triton.jit(do_not_specialize=["per_group", "stretch"])
+def _sums(x, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """Per channel over one stretch of pixels: Σ x and Σ x², or for BACKWARD Σ g and Σ g x̂."""
+    c, image = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2).to(tl.int64)
+    inside = c < channels
+    first, second = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    if BACKWARD:
+        group = image * (channels // per_group) + c // per_group
+        m, s = tl.load(mean + group, inside, 0)[None, :], tl.load(rstd + group, inside, 0)[None, :]
+        w, b = tl.load(weight + c, inside, 0).to(tl.float32)[None, :], tl.load(bias + c, inside, 0).to(tl.float32)[None, :]
+    for start in range(0, stretch, PIXELS):
+        i = tl.program_id(0) * stretch + start + tl.arange(0, PIXELS)
+        at = (image * pixels + i[:, None]) * channels + c[None, :]
+        mask = (i[:, None] < pixels) & inside[None, :]
+        v = tl.load(x + at, mask, 0).to(tl.float32)
+        if BACKWARD:
+            normal, g = _gradient(v, tl.load(dy + at, mask, 0).to(tl.float32), m, s, w, b, SILU)
+            first, second = first + tl.sum(g, 0), second + tl.sum(g * normal, 0)
+        else:
+            first, second = first + tl.sum(v, 0), second + tl.sum(v * v, 0)
+    at = (image * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
+    tl.store(sums + at, first, inside)
+    tl.store(sums + at + channels, second, inside)
+
+
+@triton.jit(do_not_specialize=["per_group", "stretches", "count"])
+def _reduce(sums, first, second, stretches, channels, per_group, count, eps, BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Per group: the mean over its `count` numbers, and 1/σ, or for BACKWARD both means."""
+    group, image, j = tl.program_id(0), tl.program_id(1), tl.arange(0, WIDTH)
+    a, b = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, stretches, ROWS):
+        i = start + tl.arange(0, ROWS)
+        at = (image * stretches + i[:, None]) * 2 * channels + group * per_group + j[None, :]
+        mask = (i[:, None] < stretches) & (j[None, :] < per_group)
+        a, b = a + tl.sum(tl.load(sums + at, mask, 0), 0), b + tl.sum(tl.load(sums + at + channels, mask, 0), 0)
+    a, b = tl.sum(a, 0) / count, tl.sum(b, 0) / count
+    if not BACKWARD:
+        b = tl.rsqrt(tl.maximum(b - a * a, 0.0) + eps)
+    tl.store(first + image * tl.num_programs(0) + group, a)
+    tl.store(second + image * tl.num_programs(0) + group, b)
+
+
+@triton.jit(do_not_specialize=["per_group"])
+def _apply(x, dy, out, mean, rstd, first, second, weight, bias, pixels, channels, per_group, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """One tile: y, or for BACKWARD x's gradient."""
+    i, c = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    image, inside = tl.program_id(2).to(tl.int64), c < channels
+    group = image * (channels // per_group) + c // per_group
+    m, s = tl.load(mean + group, inside, 0)[None, :], tl.load(rstd + group, inside, 0)[None, :]
+    w, b = tl.load(weight + c, inside, 0).to(tl.float32)[None, :], tl.load(bias + c, inside, 0).to(tl.float32)[None, :]
+    at = (image * pixels + i[:, None]) * channels + c[None, :]
+    mask = (i[:, None] < pixels) & inside[None, :]
+    v = tl.load(x + at, mask, 0).to(tl.float32)
+    if BACKWARD:
+        normal, g = _gradient(v, tl.load(dy + at, mask, 0).to(tl.float32), m, s, w, b, SILU)
+        y = s * (g - tl.load(first + group, inside, 0)[None, :] - normal * tl.load(second + group, inside, 0)[None, :])
+    else:
+        y = (v - m) * s * w + b
+        if SILU:
+            y = y * tl.sigmoid(y)
+    tl.store(out + at, y, mask)

@@ -1,0 +1,66 @@
+"""The projections of one input side by side: q, k and v of a self-attention, k and v of a cross-attention."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
+
+SIDE_BY_SIDE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+
+class FusedAttention:
+    """Attention over projections that stand side by side; for diffusers' set_attn_processor."""
+
+    def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
+        """x (B, L, width), encoder_hidden_states None or the text (B, 77, 2048) -> (B, L, width)"""
+        if encoder_hidden_states is None:
+            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, (k, v) = attn.to_q(x), attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, 64)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def fuse_projections(unet):
+    """Put the projections of one input side by side, one layer in place of two or three: fewer and fuller kernels.
+
+    Again, it does nothing. Done before the weights go to the GPU, it leaves no holes in its memory.
+    """
+    for attention in _attentions(unet):
+        fused = "to_kv" if attention.is_cross_attention else "to_qkv"
+        if fused not in dict(attention.named_children()):
+            parts = [attention.get_submodule(part) for part in SIDE_BY_SIDE[fused]]
+            bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+            attention.add_module(fused, _linear(torch.cat([part.weight for part in parts]), bias))
+            for part in SIDE_BY_SIDE[fused]:
+                delattr(attention, part)
+            attention.set_processor(FusedAttention())
+
+
+@torch.no_grad()
+def split_projections(unet):
+    """Undo fuse_projections."""
+    for attention in _attentions(unet):
+        for fused, parts in SIDE_BY_SIDE.items():
+            if fused in dict(attention.named_children()):
+                both = attention.get_submodule(fused)
+                biases = [None] * len(parts) if both.bias is None else both.bias.chunk(len(parts))
+                for part, weight, bias in zip(parts, both.weight.chunk(len(parts)), biases):
+                    attention.add_module(part, _linear(weight, bias))
+                delattr(attention, fused)
+                attention.set_processor(AttnProcessor2_0())
+
+
+def _attentions(unet):
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def _linear(weight, bias):
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer

@@ -1,0 +1,265 @@
+"""make bench: a training step against the reference arrangement, under budgets of GPU memory: python -m tests.bench.step OUT
+
+SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known trainer
+amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. Each line runs in a process of
+its own. Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data.cache import INDEX, Rows, moments_name, write_index
+from data.flags import parse
+from data.models import Model, load
+from data.safe import UserError
+from tests.bench.full_size import TOY, make_pipeline
+from train.batches import draw
+from train.loop import setup
+
+TFLOP = 13.6  # per sample: forward, and the backward that frozen weights still need
+BUDGETS = (24, 14.56, 11, 8, 6.5)
+SLOTS, STEPS = 4, 8
+
+
+def apart(function, *args):
+    """function(*args) in a process of its own, so that nothing is left in the GPU's memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def make_cache(folder, pipeline, resolution):
+    """A finished cache of random numbers in the shapes of the model's UNet."""
+    config, rng, size = json.loads((Path(pipeline) / "unet/config.json").read_text()), np.random.default_rng(0), [resolution] * 2
+    text = (77, config["cross_attention_dim"])
+    pooled = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
+    moments = (2, 4, resolution // 8, resolution // 8)
+    folder.mkdir(parents=True)
+    for name, shape in (("captions", (text[0] * text[1] + pooled[0],)), (moments_name(size), moments)):
+        rows = np.abs(rng.standard_normal((8, *shape))).astype(np.float16)
+        Rows(folder, name, shape).write(8, [([f"{name} {i}".encode() for i in range(8)], rows)])
+    index = np.zeros(8, INDEX)
+    index["picture"] = index["mirrored"] = index["caption"] = range(8)
+    index["time_ids"] = index["mirrored_time_ids"] = (resolution, resolution, 0, 0, resolution, resolution)
+    facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=resolution)
+    facts |= dict(scaling_factor=0.13, sizes=[size], moments_shapes=[moments], text_shape=text, pooled_shape=pooled, unconditional=0)
+    write_index(folder, index, [str(i) for i in range(8)], facts)
+
+
+def ours(work, cuda, batch, *flags):
+    """-> one optimizer step of the real trainer, one micro-step of it, and facts about it"""
+    precision, rank = ("fp16", "32") if cuda else ("no", "4")
+    flags = ["--output_dir", str(work), "--train_batch_size", str(batch), "--use_8bit_adam", "--rank", rank, *map(str, flags)]
+    settings = parse("train", [*flags, "--mixed_precision", precision, "--gradient_accumulation_steps", str(SLOTS)])
+    run, losses = setup(settings, work), []
+
+    def step():
+        loss = sum(run.micro_step(next(run.batches)) / SLOTS for _ in range(SLOTS))
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([run.adapters.vector], settings.max_grad_norm)
+        losses.append(torch.stack([loss, norm]).tolist()[0])
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.adapters.refresh()
+
+    batch = draw(run.cache, settings, run.signal, 0, 0)
+    return step, lambda: run.micro_step(batch), dict(recomputed=len(run.memory_plan["recomputed"] or []), losses=losses)
+
+
+def reference(work, cuda, batch):
+    """diffusers, peft, autocast, every block recomputed, AdamW8bit: one optimizer step of 4 micro-steps."""
+    import bitsandbytes
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    from data.cache import Cache
+    from train.diffusion import add_noise, noise_schedule
+
+    cache, device = Cache(work / "cache"), torch.device("cuda" if cuda else "cpu")
+    model, half = Model(**cache.manifest["model"]), torch.float16 if cuda else torch.float32
+    settings = parse("train", ["--output_dir", "unused", "--train_batch_size", str(batch)])
+    signal = noise_schedule(model.part("scheduler").config("scheduler_config.json"))
+    unet = load(UNet2DConditionModel, model.part("unet"), half, device)
+    rank = 32 if cuda else 4
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    unet.train().enable_gradient_checkpointing()
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-4)
+    scaler, count = torch.amp.GradScaler(device.type, enabled=cuda), iter(range(10**9))
+
+    def micro_step(batch):
+        b = {name: part.to(device) for name, part in batch.items()}
+        xt = add_noise(b["x0"], b["eps"], b["t"], signal.to(device))
+        with torch.autocast(device.type, torch.float16, enabled=cuda):
+            condition = dict(text_embeds=b["pooled"].to(half), time_ids=b["time_ids"])
+            prediction = unet(xt, b["t"], b["text"].to(half), added_cond_kwargs=condition).sample
+        loss = torch.nn.functional.mse_loss(prediction.float(), b["eps"])
+        scaler.scale(loss / 4).backward()
+        return loss.detach()
+
+    def step():
+        for slot in range(4):
+            loss = micro_step(draw(cache, settings, signal, next(count), slot))
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        loss.item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    batch = draw(cache, settings, signal, 0, 0)
+    return step, lambda: micro_step(batch), {}
+
+
+def kernels(micro_step):
+    """-> milliseconds that one micro-step's GPU kernels take, and the 30 that take most of it: (ms, calls, name)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            micro_step()
+        torch.cuda.synchronize()
+    took, calls = collections.Counter(), collections.Counter()
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            took[event.name] += event.device_time / 3000
+            calls[event.name] += 1 / 3
+    return took.total(), [(round(ms, 3), round(calls[name]), name[:100]) for name, ms in took.most_common(30)]
+
+
+def measure(work, kind, batch, attention, flags):
+    """One line of the table. -> its figures, or what refused it"""
+    cuda, began = torch.cuda.is_available(), time.perf_counter()
+    Model.public_name = lambda self: "random"  # not seconds of hashing random weights
+    efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if attention == "efficient" and cuda else contextlib.nullcontext()
+    with efficient, contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            step, micro_step, facts = reference(work, cuda, batch) if kind == "reference" else ours(work, cuda, batch, *flags)
+        except UserError as error:
+            return dict(refused=str(error))
+        times = []
+        for _ in range(3 + ((STEPS if kind == "ours" else 3) if cuda else 0)):
+            start = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1000 / SLOTS)
+            facts.setdefault("seconds_to_first_step", time.perf_counter() - began)
+        facts["wall_ms"] = statistics.median(times[2:])
+        if cuda:
+            facts["peak_gib"], facts["allocated_gib"] = (f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated))
+            facts["kernel_ms"], facts["kernels"] = kernels(micro_step)
+    return facts | dict(plan=printed.getvalue().strip())
+
+
+def matmul_tflops():
+    """What a plain fp16 product reaches here."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * 8192**3 / statistics.median(times) / 1e12
+
+
+def machine(work):
+    """Make what is measured. -> facts about the machine"""
+    if not torch.cuda.is_available():
+        make_cache(work / "cache", TOY, 128)
+        return dict(device="cpu", torch=torch.__version__, matmul_tflops=None)
+    make_pipeline(work / "pipeline", "cuda", ("unet",))
+    make_cache(work / "cache", work / "pipeline", 1024)
+    return dict(device=torch.cuda.get_device_name(), torch=torch.__version__, matmul_tflops=matmul_tflops())
+
+
+def gradient_cosine(work):
+    """Cosine of the fp16 gradient with the fp32 one, of one micro-batch, B not zero."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    Model.public_name = lambda self: "random"
+    gradients = []
+    for precision in ("no", "fp16"):
+        settings = parse("train", ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"])
+        run = setup(settings, work)
+        for _, B in run.adapters.projections().values():
+            B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+        run.adapters.refresh()
+        run.micro_step(draw(run.cache, settings, run.signal, 0, 0))
+        gradients.append(run.adapters.vector.grad.cpu().double())
+        del run
+    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--lines", nargs="+", help="kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all")
+    args = parser.parse_args()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    work = args.out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    results = apart(machine, work) | dict(lines=[])
+    if results["device"] == "cpu":
+        print("no GPU: a small UNet on the CPU, which shows that the benchmark runs and nothing else")
+        lines = ["reference@1@default", "ours@1@default"]
+    else:
+        lines = [f"{line}@default" for line in ("reference@1", "reference@4")]
+        lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
+        lines += ["reference@1@efficient", "ours@1@efficient@--vram_gib=24"]
+        lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph")]
+    for line in args.lines or lines:
+        kind, batch, attention, *flags = line.split("@")
+        facts = apart(measure, work, kind, int(batch), attention, flags)
+        results["lines"].append(dict(kind=kind, batch=int(batch), attention=attention, flags=" ".join(flags)) | facts)
+        print({name: fact for name, fact in results["lines"][-1].items() if name != "kernels"}, flush=True)
+        (args.out / "step.json").write_text(json.dumps(results, indent=1))
+    if results["device"] != "cpu" and not args.lines:
+        results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
+        print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
+        (args.out / "step.json").write_text(json.dumps(results, indent=1))
+    print_table(results)
+    shutil.rmtree(work)
+
+
+def print_table(results):
+    """Markdown. × is how many times less than the reference with the same batch and attention."""
+    base = {(line["batch"], line["attention"]): line for line in results["lines"] if line["kind"] == "reference"}
+    columns = "arrangement", "batch", "attention", "wall ms", "×", "kernel ms", "×", "peak GiB", "TFLOP/s", "of a matmul"
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for line in results["lines"]:
+        name = " ".join(filter(None, [line["kind"], line["flags"]]))
+        if "refused" in line:
+            print(f"| {name} | {line['batch']} | {line['attention']} | {line['refused']} |")
+            continue
+        if line.get("recomputed"):
+            name += f", {line['recomputed']} blocks recomputed"
+        cells, against = [name, line["batch"], line["attention"]], base.get((line["batch"], line["attention"]), {})
+        for what in ("wall_ms", "kernel_ms"):
+            cells += [f"{line[what]:.1f}" if what in line else "", f"{against[what] / line[what]:.2f}" if what in against else ""]
+        rate = TFLOP * line["batch"] / line["wall_ms"] * 1000
+        cells += [f"{line['peak_gib']:.2f}" if "peak_gib" in line else "", f"{rate:.0f}" if results["matmul_tflops"] else ""]
+        cells += [f"{rate / results['matmul_tflops']:.0%}" if results["matmul_tflops"] else ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()

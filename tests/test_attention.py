@@ -1,0 +1,42 @@
+"""Projections side by side: the same attention with fewer layers, and the way back."""
+
+import copy
+
+import torch
+from conftest import predict, unet_inputs
+from diffusers.models.attention_processor import Attention
+
+from lora.attention import fuse_projections, split_projections
+
+
+def test_fused_attention_equals_diffusers_own():
+    """In fp64, self and cross, with and without bias: k and v swapped would be a UNet that was never trained."""
+    for text_width, bias in ((None, False), (12, False), (None, True), (12, True)):
+        attention = Attention(query_dim=16, cross_attention_dim=text_width, heads=2, dim_head=8, bias=bias).double().eval()
+        fused = torch.nn.Sequential(copy.deepcopy(attention))
+        fuse_projections(fused)
+        x = torch.randn(2, 9, 16, dtype=torch.float64)
+        text = torch.randn(2, 5, text_width, dtype=torch.float64) if text_width else None
+        torch.testing.assert_close(fused[0](x, text), attention(x, text), rtol=1e-12, atol=1e-12)
+        assert {name for name, _ in fused[0].named_children()} & {"to_k", "to_v"} == set()
+
+
+def test_fusing_takes_no_memory_and_twice_is_once(unet):
+    """The old layers kept beside the new would take 1.3 GB at SDXL's size."""
+    numbers = sum(p.numel() for p in unet.parameters())
+    fuse_projections(unet)
+    fuse_projections(unet)
+    assert sum(p.numel() for p in unet.parameters()) == numbers
+    assert sum(name.endswith((".to_qkv", ".to_kv")) for name, _ in unet.named_modules()) == sum(
+        isinstance(m, Attention) for m in unet.modules()
+    )
+
+
+def test_split_gives_diffusers_unet_back(unet):
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    output = predict(unet, unet_inputs())
+    fuse_projections(unet)
+    split_projections(unet)
+    after = unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(predict(unet, unet_inputs()), output)

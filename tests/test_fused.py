@@ -1,0 +1,140 @@
+"""The base with fewer kernels: diffusers' own modules compute the same, and so do Triton's kernels."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PIPELINE, inject_filled, predict, unet_inputs
+from diffusers import AutoencoderKL
+
+from data import fused
+from data.fused import Plain
+from data.safe import UserError
+
+SHAPES = [(2, 64, 6, 5, 8), (1, 320, 16, 16, 32), (2, 96, 40, 33, 32), (1, 1920, 32, 32, 32)]  # B, C, h, w, groups
+
+
+def test_the_fused_unet_equals_diffusers_own(unet):
+    """Output and every LoRA gradient, in fp64, where only a wrong formula is left to differ."""
+    plain = copy.deepcopy(unet)
+    fused.fuse(unet, compiled=False)
+    results = []
+    for model in (plain, unet):
+        adapters = inject_filled(model.double())
+        (xt, t, text), condition = unet_inputs()
+        kwargs = {name: {k: v.double() if v.is_floating_point() else v for k, v in c.items()} for name, c in condition.items()}
+        out = predict(model, ((xt.double(), t, text.double()), kwargs))
+        gradients = torch.autograd.grad(out.square().sum(), adapters.parameters)
+        results.append([out, *gradients])
+    assert len({type(m).__name__ for m in unet.modules()} & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}) == 4
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_the_fused_vae_equals_diffusers_own():
+    """Encoded with wrong statistics, every picture of the cache would be another one."""
+    vae = AutoencoderKL.from_pretrained(PIPELINE / "vae").double()
+    pixels = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    with torch.inference_mode():
+        wanted = vae.encode(pixels).latent_dist.parameters
+        fused.fuse(vae, compiled=False)
+        torch.testing.assert_close(vae.encode(pixels).latent_dist.parameters, wanted, rtol=1e-9, atol=1e-9)
+    assert not {type(m).__name__ for m in vae.encoder.modules()} & {"ResnetBlock2D", "SiLU"}
+
+
+def test_nothing_of_diffusers_own_is_left(unet):
+    """A module that was passed over would keep its activations, and the memory plan of a T4 would not hold."""
+    fused.fuse(unet, compiled=False)
+    left = {type(m).__name__ for m in unet.modules()} & {"GEGLU", "ResnetBlock2D", "Transformer2DModel", "SiLU"}
+    assert left <= {"SiLU"}  # of the time embedding
+
+
+def kept(function, *inputs):
+    """Bytes that autograd keeps for the backward, beside the inputs."""
+    saved, known = {}, {t.untyped_storage().data_ptr() for t in inputs if torch.is_tensor(t)}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(*inputs)
+    return sum(saved.values()), y
+
+
+def test_each_keeps_its_input_alone():
+    p = torch.randn(4, 10, 64, requires_grad=True)
+    bytes_kept, y = kept(lambda p: fused._GEGLU.apply(p, Plain), p)
+    assert bytes_kept == 0 and y.requires_grad
+    x, weight = torch.randn(2, 32, 16, 16, requires_grad=True), torch.randn(32)
+    bytes_kept, y = kept(lambda x: fused._GroupNorm.apply(x, weight, weight, 8, 1e-5, True, Plain), x)
+    assert bytes_kept <= 2 * 2 * 8 * 4 + weight.nbytes and y.requires_grad  # mean and 1/σ; the weight is there anyway
+
+
+def test_gradients_equal_finite_differences():
+    rand = functools.partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = rand(2, 3, 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: fused._GEGLU.apply(p, Plain), p)
+    x, weight, bias = rand(2, 6, 3, 2).requires_grad_(), rand(6), rand(6)
+    for silu in (True, False):
+        assert torch.autograd.gradcheck(lambda x: fused._GroupNorm.apply(x, weight, bias, 3, 1e-5, silu, Plain), x)
+
+
+def test_without_a_gpu_compiled_kernels_are_refused_or_left_out():
+    cpu = torch.device("cpu")
+    assert not fused.wanted("auto", cpu) and not fused.wanted("off", cpu)
+    with pytest.raises(UserError, match="--compile on: there is no GPU"):
+        fused.wanted("on", cpu)
+
+
+def test_an_older_gpu_is_told_and_served_by_pytorch(monkeypatch, capsys):
+    """A T4: Triton's compiler would die in the middle of the first step."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert not fused.wanted("auto", torch.device("cuda"))
+    assert capsys.readouterr().out.startswith("Tesla T4 is older than what Triton compiles for: PyTorch")
+    with pytest.raises(UserError, match="Tesla T4"):
+        fused.wanted("on", torch.device("cuda"))
+
+
+def off(ours, theirs):
+    return ((ours.double().cpu() - theirs.cpu()).norm() / theirs.norm().cpu()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_tritons_geglu_equals_fp64(dtype, limit):
+    """Any width, also those that no block of columns divides."""
+    from data import triton_kernels
+
+    for shape in ((2, 5, 48), (1, 7, 2560), (1, 1024, 10240)):
+        p = torch.randn(shape, device="cuda").to(dtype)
+        dy = torch.randn(*shape[:-1], shape[-1] // 2, device="cuda").to(dtype)
+        assert off(triton_kernels.geglu(p), Plain.geglu(p.double())) < limit
+        assert off(triton_kernels.geglu_backward(dy, p), Plain.geglu_backward(dy.double(), p.double())) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tritons_group_norm_equals_fp64(shape, dtype, limit, silu):
+    """With a mean several deviations from zero, where sums of squares cancel, against autograd of PyTorch's own."""
+    from data import triton_kernels
+
+    *size, groups = shape
+    x = (torch.randn(size, device="cuda") * 2 + 6).to(dtype)
+    weight, bias, dy = (torch.randn(s, device="cuda").to(dtype) for s in (size[1], size[1], size))
+    y, mean, rstd = triton_kernels.group_norm(x, weight, bias, groups, 1e-5, silu)
+    dx = triton_kernels.group_norm_backward(dy, x, mean, rstd, weight, bias, groups, 1e-5, silu)
+    exact = x.double().requires_grad_()
+    wanted = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
+    wanted = F.silu(wanted) if silu else wanted
+    (gradient,) = torch.autograd.grad(wanted, exact, dy.double())
+    assert off(y, wanted.detach()) < limit and off(dx, gradient) < limit
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    again = triton_kernels.group_norm_backward(dy, x, mean, rstd, weight, bias, groups, 1e-5, silu)
+    assert torch.equal(dx, again)  # no order of additions is left to chance

@@ -1,0 +1,81 @@
+"""The recorded micro-step against the one started from Python: the same numbers, whatever the batch and the loss scale."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import here
+from test_loop import TRAIN
+
+from train.graph import Eager
+
+
+
+def test_eager_moves_the_batch_by_name():
+    out = Eager(lambda a, b: a - b, torch.device("cpu"))(dict(b=torch.ones(2), a=torch.zeros(2)))
+    assert torch.equal(out, -torch.ones(2))
+
+
+@pytest.mark.gpu
+def test_a_recorded_function_reads_each_batch_and_adds_once_a_call():
+    """Baked in, the first batch would train for ever; recording must add nothing."""
+    from train.graph import Graphed
+
+    total = torch.zeros(3, device="cuda")
+
+    def add(x, y):
+        total.add_((x + y).reshape(-1, 3).sum(0))
+        return (x * y).sum()
+
+    run, expected = Graphed(add, torch.device("cuda"), [total]), torch.zeros(3)
+    for shape in ((3,), (2, 3), (3,), (2, 3)):  # two shapes in turns, one memory
+        x, y = torch.randn(shape), torch.randn(shape)
+        expected += (x + y).reshape(-1, 3).sum(0)
+        assert run(dict(x=x, y=y)).item() == pytest.approx((x * y).sum().item(), rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(total.cpu(), expected)
+    assert len(run.recorded) == 2
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(fresh, tmp_path, name, *flags):
+    shutil.copytree(fresh / "cache", tmp_path / name / "cache")
+    here("train", "--output_dir", tmp_path / name, *TRAIN, "--max_train_steps", 4, "--learning_rate", 1e-4, *flags)
+    return metrics(tmp_path / name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(fresh, tmp_path, precision):
+    runs = {
+        name: trained(fresh, tmp_path, name, "--mixed_precision", precision, *flags)
+        for name, flags in {
+            "graph": [],
+            "eager": ["--no_cuda_graph"],
+            "recomputed": ["--gradient_checkpointing"],
+            "plain": ["--compile", "off"],
+        }.items()
+    }
+    tolerance = dict(no=1e-3, fp16=5e-3, bf16=5e-2)[precision]
+    for name, run in runs.items():
+        for fact in ("loss", "grad_norm"):
+            assert [m[fact] for m in run] == pytest.approx([m[fact] for m in runs["eager"]], rel=tolerance), (name, fact)
+
+
+@pytest.mark.gpu
+def test_an_overflow_inside_the_graph_is_skipped_and_recovered_from(fresh, tmp_path, monkeypatch):
+    """The scale that a graph multiplies by must be the tensor that the scaler halves."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**26))
+    shutil.copytree(fresh / "cache", tmp_path / "run" / "cache")
+    flags = ("--max_train_steps", 14, "--learning_rate", 1e-4, "--mixed_precision", "fp16")
+    here("train", "--output_dir", tmp_path / "run", *TRAIN, *flags)
+    scale, taken = 2.0**26, 0
+    for m in metrics(tmp_path / "run"):
+        skipped = m["overflows"] > 0
+        scale, taken = (scale / 2, taken) if skipped else (scale, taken + 1)
+        assert m["loss_scale"] == scale
+    assert 1 <= taken < 14

@@ -1,0 +1,145 @@
+"""Which blocks to recompute: the arithmetic of it, on blocks of random cost; on a GPU, against what the memory does."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from conftest import command, here, settings
+from test_loop import TRAIN
+
+from data.safe import MachineError
+from train import plan
+from train.plan import Block, choose, peak
+
+
+def blocks(seed, count=8):
+    r = random.Random(seed)
+    kinds = [(r.randrange(0, 100), r.randrange(1, 50) / 10) for _ in range(3)]  # SDXL's blocks are of few kinds, too
+    return [Block(str(i), *r.choice(kinds), peak=r.randrange(100, 300)) for i in range(count)]
+
+
+def written_out(made, kept):
+    """The peak by its definition: the most over all blocks, each with the activations that those before it keep."""
+    return max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made)) + plan.BESIDE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_peak_is_that_of_its_definition(seed):
+    made, r = blocks(seed), random.Random(seed)
+    for _ in range(20):
+        kept = {i for i in range(len(made)) if r.random() < 0.5}
+        assert peak(made, kept) == written_out(made, kept)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_kept_fits_and_nothing_more_would(seed):
+    """Over the budget, the run dies after minutes; under it with room to spare, it is slower for nothing."""
+    made = blocks(seed)
+    everything = set(range(len(made)))
+    for budget in range(peak(made, set()), peak(made, everything) + 20, 20):
+        kept = choose(made, budget)
+        assert peak(made, kept) <= budget
+        assert all(peak(made, kept | {i}) > budget for i in everything - kept)
+    assert kept == everything  # with room for all, nothing is recomputed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_recomputed_is_near_the_cheapest_of_all_choices(seed):
+    """Against all 256: within one block of the least time. The last of them first would be far from it."""
+    made = blocks(seed)
+    for budget in range(peak(made, set()), peak(made, set(range(8))), 40):
+        saved = sum(made[i].seconds for i in choose(made, budget))
+        best = max(
+            sum(made[i].seconds for i in some)
+            for n in range(9)
+            for some in itertools.combinations(range(8), n)
+            if peak(made, set(some)) <= budget
+        )
+        assert saved >= best - max(b.seconds for b in made) - 1e-9
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_smallest_that_can():
+    made = [Block("a", 2**30, 1.0, peak=6 * 2**30), Block("b", 2**30, 1.0, peak=5 * 2**30)]
+    with pytest.raises(MachineError, match=r"at least --vram_gib 6\.25 is needed.* 4\.00 are there") as refused:
+        choose(made, 4 * 2**30)
+    assert refused.value.code == 3
+    smallest = float(str(refused.value).split("--vram_gib ")[1].split()[0])
+    assert choose(made, smallest * 2**30) is not None  # what it names is enough
+
+
+class Counting(torch.nn.Module):
+    """Two blocks that count how often they are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.calls = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), []
+        for name in ("first", "second"):
+            self.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: self.calls.append(name))
+
+    def enable_gradient_checkpointing(self, function):
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.second, self.function(self.first, x))
+
+
+@pytest.mark.parametrize("names, calls", [(None, [2, 2]), ([], [1, 1]), (["second"], [1, 2])])
+def test_only_the_named_blocks_are_computed_again(names, calls):
+    model = Counting()
+    plan.recompute(model, names)
+    model(torch.randn(2, 3, requires_grad=True)).sum().backward()
+    assert [model.calls.count(name) for name in ("first", "second")] == calls
+
+
+def test_a_plan_holds_for_the_flags_and_the_device_it_was_made_for():
+    """A resumed run that planned anew would find other memory free, and differ."""
+    cpu = torch.device("cpu")
+    made = plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, None)
+    assert made["recomputed"] is None and made == json.loads(json.dumps(made))
+    marked = made | dict(recomputed=["marked"])
+    assert plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, marked) == marked
+    assert plan.make(settings("train"), None, None, cpu, 0, marked)["recomputed"] == []
+    other = marked | dict(made_for=marked["made_for"] | dict(device="another"))
+    assert plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, other)["recomputed"] is None
+
+
+def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1, "--vram_gib", 8)
+    assert "--vram_gib is about a GPU's memory; there is none" in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_predicted_peak_is_the_runs(fresh, capfd):
+    """Of all, half and no blocks recomputed, on a batch large enough to matter; the eager run, in bytes that are in use."""
+    from train.batches import draw, largest
+    from train.loop import setup
+
+    values = settings("train", output_dir=str(fresh), train_batch_size=64, rank=4, no_cuda_graph=True)
+    seen = []
+    real = plan.measure
+    plan.measure = lambda unet, step: seen.append(real(unet, step)) or seen[-1]
+    try:
+        run = setup(values, fresh)
+    finally:
+        plan.measure = real
+    made = seen[0]
+    everything = set(range(len(made)))
+    batch = draw(run.cache, values, run.signal, 0, 0) | largest(run.cache, values, run.signal)
+    for kept in (set(), set(range(0, len(made), 2)), everything):
+        plan.recompute(run.unet, [b.name for i, b in enumerate(made) if i not in kept])
+        run.micro_step(batch)
+        torch.cuda.reset_peak_memory_stats()
+        run.micro_step(batch)
+        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.BESIDE, rel=0.05)
+    assert peak(made, everything) - plan.BESIDE > 1.2 * (peak(made, set()) - plan.BESIDE)  # else the agreement would say nothing
+    assert "0 of" in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+def test_too_small_a_budget_exits_3_and_names_one_that_does(fresh):
+    output = command("train", "--output_dir", fresh, *TRAIN, "--vram_gib", 0.001, code=3)
+    assert "at least --vram_gib 0." in output

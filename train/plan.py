@@ -1,0 +1,147 @@
+"""Which blocks to recompute under a memory budget.
+
+A block (of SDXL's 86: 16 resnets, 70 transformer blocks) either keeps its activations for the backward, or its input alone
+and computes the rest again. One run in which every block recomputes, the arrangement that takes the least memory, tells for
+each: what it would keep (extra), how long computing it again takes (seconds), and the most memory in use from its start to
+the next block's, forward or backward (peak). A block kept adds its extra to the peaks of all that come after it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from data.safe import MachineError
+from train.graph import on_side_stream, seconds
+
+BESIDE = 2**28  # bytes that the allocator holds beside what is in use: 0.16 to 0.25 GiB were seen at SDXL's size
+
+
+@dataclass
+class Block:
+    """What one block costs; bytes and seconds."""
+
+    name: str
+    extra: int
+    seconds: float
+    peak: int = 0
+
+
+def recompute(unet, names):
+    """Let these blocks of `unet` compute their activations again in backward; None: every block."""
+    chosen = None if names is None else {unet.get_submodule(name) for name in names}
+
+    def call(block, *args):
+        return _checkpoint(block, *args) if chosen is None or block in chosen else block(*args)
+
+    unet.enable_gradient_checkpointing(call)
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+
+
+def peak(blocks, kept):
+    """Most bytes held when the blocks with numbers in `kept` keep their activations and the others recompute."""
+    most = before = 0
+    for i, block in enumerate(blocks):
+        most = max(most, block.peak + before)
+        before += block.extra * (i in kept)
+    return most + BESIDE
+
+
+def choose(blocks, budget):
+    """Numbers of the blocks to keep: those that save the most time for their memory, as many as fit.
+
+    Raises MachineError with the smallest budget that would do.
+    """
+    least = peak(blocks, set())
+    if least > budget:
+        smallest = math.ceil(least / 2**30 * 100) / 100
+        raise MachineError(
+            f"the memory is too small: at least --vram_gib {smallest:.2f} is needed, with every block recomputed, and "
+            f"{budget / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution"
+        )
+    kept = set()
+    for i in sorted(range(len(blocks)), key=lambda i: blocks[i].seconds / max(1, blocks[i].extra), reverse=True):
+        if peak(blocks, kept | {i}) <= budget:
+            kept.add(i)
+    return kept
+
+
+def measure(unet, step):
+    """The blocks of `unet` in the order of a forward. step(): one forward and backward on the GPU."""
+    names, blocks, kinds = {module: name for name, module in unet.named_modules()}, [], {}
+    now = -1  # the block that began last
+
+    def begins(i):
+        nonlocal now
+        if now >= 0:
+            blocks[now].peak = max(blocks[now].peak, torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        now = i
+
+    def call(block, *args):
+        begins(now)
+        kind = type(block), *(part.shape for part in (*args, *block.parameters()) if torch.is_tensor(part))
+        if kind not in kinds:
+            kinds[kind] = _alone(block, args)
+        blocks.append(Block(names[block], *kinds[kind]))
+        i = len(blocks) - 1
+
+        def watched(*args):  # called in forward, and again before the block's backward
+            begins(i)
+            return block(*args)
+
+        torch.cuda.reset_peak_memory_stats()
+        return _checkpoint(watched, *args)
+
+    unet.enable_gradient_checkpointing(call)
+    step()
+    begins(0)
+    return blocks
+
+
+def _alone(block, args):
+    """(extra, seconds) of one block, run by itself."""
+    args = [arg.detach().requires_grad_(arg.requires_grad) if torch.is_tensor(arg) else arg for arg in args]
+    took = seconds(partial(_without_gradient, block, args))
+    before = torch.cuda.memory_allocated()
+    output = block(*args)
+    return torch.cuda.memory_allocated() - before - output.nbytes, took
+
+
+@torch.no_grad()
+def _without_gradient(block, args):
+    return block(*args)
+
+
+def make(settings, unet, step, device, state_bytes, before):
+    """The run's plan, a dict to be kept with its state; what was decided is printed in one line.
+
+    step(): one forward and backward of the largest shape, eagerly. state_bytes: what the optimizer will hold beside what is
+    allocated now. before: the plan of the run's state; it holds as long as it was made for the same flags and device.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    made_for = dict(vram_gib=settings.vram_gib, gradient_checkpointing=settings.gradient_checkpointing, device=name)
+    if before and before["made_for"] == made_for:
+        return before
+    if settings.vram_gib and device.type != "cuda":
+        print("--vram_gib is about a GPU's memory; there is none, and nothing is recomputed")
+    if settings.gradient_checkpointing or device.type != "cuda":
+        return dict(made_for=made_for, recomputed=None if settings.gradient_checkpointing else [])
+    blocks = on_side_stream(partial(measure, unet, step))
+    for block in blocks:
+        block.peak += state_bytes
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    budget = int(settings.vram_gib * 2**30) if settings.vram_gib else free
+    kept = choose(blocks, budget)
+    recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
+    print(
+        f"memory: budget {budget / 2**30:.2f} GiB, predicted peak {peak(blocks, kept) / 2**30:.2f} GiB, "
+        f"{len(recomputed)} of {len(blocks)} blocks recomputed",
+        flush=True,
+    )
+    return dict(made_for=made_for, recomputed=recomputed)
