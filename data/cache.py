@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 from data.safe import MachineError, UserError, atomic_write
 
 VERSION = 2
+COMMIT_SECONDS = 1  # what a killed writer has to do again at most
 KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
 INDEX = np.dtype(
     [
@@ -93,7 +95,7 @@ class Rows:
         return self.map[position]
 
     def write(self, count, batches):
-        """Write the at most `count` rows that `batches` yields as (keys, array (B, *shape)); each batch is committed.
+        """Write the at most `count` rows that `batches` yields as (keys, array (B, *shape)); committed every COMMIT_SECONDS.
 
         A key that is there already has its row written again in its place. Raises MachineError, before the first row, when
         the disk cannot hold them all.
@@ -110,23 +112,41 @@ class Rows:
                 os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
-            end = len(self)
-            for keys, batch in batches:
-                batch = np.ascontiguousarray(batch, np.float16)
-                places = self.find(np.array(keys, "S32"))
-                for i in np.flatnonzero(places < 0):
-                    places[i], end = end, end + 1
-                for file, size, parts in (
-                    (data, self.row_bytes, batch),
-                    (index, KEY.itemsize, np.array([(key, zlib.crc32(row)) for key, row in zip(keys, batch)], KEY)),
-                ):
-                    for place, part in zip(places, parts):
-                        file.seek(int(place) * size)
-                        file.write(part.tobytes())
-                    file.flush()
-                    os.fdatasync(file.fileno())
+            end, written, committed = len(self), [], time.monotonic()
+
+            def commit():
+                """Bytes first, then the keys that make them count."""
+                if not written:
+                    return
+                _sync(data)
+                for place, record in written:
+                    index.seek(place * KEY.itemsize)
+                    index.write(record)
+                _sync(index)
+                written.clear()
+
+            try:
+                for keys, batch in batches:
+                    batch = np.ascontiguousarray(batch, np.float16)
+                    places = self.find(np.array(keys, "S32"))
+                    for i in np.flatnonzero(places < 0):
+                        places[i], end = end, end + 1
+                    for place, key, row in zip(places.tolist(), keys, batch):
+                        data.seek(place * self.row_bytes)
+                        data.write(row.tobytes())
+                        written.append((place, np.array((key, zlib.crc32(row)), KEY).tobytes()))
+                    if time.monotonic() - committed >= COMMIT_SECONDS:
+                        commit()
+                        committed = time.monotonic()
+            finally:  # also what came before an error
+                commit()
             data.truncate(end * self.row_bytes)
         self._open()
+
+
+def _sync(file):
+    file.flush()
+    os.fdatasync(file.fileno())
 
 
 def write_index(folder, index, names, manifest):

@@ -3,6 +3,8 @@
 Both are described by their files first (shapes, fingerprint) and loaded only when a row is missing.
 """
 
+import collections
+
 import torch
 
 from data import fused
@@ -10,6 +12,7 @@ from data.models import load
 from data.safe import UserError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+IN_FLIGHT = 2  # batches of pictures
 SMALLEST_VOCABULARY = 514  # of a byte-level CLIP tokenizer: 256 bytes, each also at a word's end, start and end of text
 
 
@@ -105,26 +108,30 @@ class VAE:
         self.vae = load(AutoencoderKL, self.part, self.dtype, device, prepare)
         return self
 
+    def stage(self, pixels):
+        """A batch of pixels, an array, as a tensor that can go to the device without waiting; for the workers to call."""
+        pixels = torch.from_numpy(pixels)
+        return pixels.pin_memory() if self.vae.device.type == "cuda" else pixels
+
     def encode(self, batches):
         """pixels uint8 (B, H, W, 3) tensors -> moments fp16 (B, 2, 4, h, w) on the CPU: mean, std, before the scaling factor.
 
-        One batch behind: the device works on the next one while this one is fetched. A picture that half precision makes
-        non-finite is encoded again in fp32; what still is not finite the caller refuses.
+        IN_FLIGHT batches behind: the device works on the next ones while this one is fetched and written. A picture that half
+        precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
         """
-        waiting = None
+        started = collections.deque()
         for pixels in batches:
-            started = pixels, *self._start(pixels)
-            if waiting:
-                yield self._finish(*waiting)
-            waiting = started
-        if waiting:
-            yield self._finish(*waiting)
+            started.append((pixels, *self._start(pixels)))
+            if len(started) > IN_FLIGHT:
+                yield self._finish(*started.popleft())
+        while started:
+            yield self._finish(*started.popleft())
 
     @torch.inference_mode()
     def _start(self, pixels):
         """-> (moments on their way to the CPU, a function that waits for them)"""
         on_gpu = self.vae.device.type == "cuda"
-        x = (pixels.pin_memory() if on_gpu else pixels).to(self.vae.device, non_blocking=True)
+        x = pixels.to(self.vae.device, non_blocking=True)
         x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.vae.dtype, memory_format=self.layout)  # (B, 3, H, W) in -1 .. 1
         posterior = self.vae.encode(x).latent_dist
         moments = torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16)

@@ -19,13 +19,14 @@ def read_rgb(data, name):
     animation, the first frame. Raises UserError naming `name`.
     """
     with _opened(data, name) as image:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I") or image.mode == "F":
             return Image.fromarray(_eight_bit(np.asarray(image, np.float64), image.mode)).convert("RGB")
         if image.mode == "P" or "A" in image.mode or "a" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def upright_size(data, name):

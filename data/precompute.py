@@ -24,6 +24,7 @@ CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")
 CAPTIONS_AT_ONCE = 16
 BYTES_AT_ONCE = 2**23  # of one channel of pixels in the VAE's dtype: four pictures of 1024 × 1024 in half precision, or up to ...
 PICTURES_AT_ONCE = 16  # ... this many small ones
+BATCHES_AHEAD = 2  # of pictures, put together by the workers before the VAE asks for them
 
 
 def main(argv):
@@ -31,7 +32,7 @@ def main(argv):
     if settings.resolution % buckets.STEP:
         raise safe.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
     run = contextlib.nullcontext(Path(settings.output_dir)) if settings.explain else safe.run_folder(settings.output_dir)
-    with run as folder, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+    with run as folder, ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
         try:
             precompute(settings, folder / "cache", pool)
         finally:
@@ -40,82 +41,180 @@ def main(argv):
 
 def precompute(settings, folder, pool):
     """Bring the cache in `folder` to what the settings ask for."""
-    examples = open_examples(settings)
-    import torch  # seconds to import: after all that can be refused without it
-
-    from data.encoders import VAE, TextEncoders
-
-    variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
-    model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
-    vae_name = settings.pretrained_vae_model_name_or_path
-    vae_model = Model(vae_name, None, variant) if vae_name else model
-    texts, vae = TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
-    zeros = model.index().get("force_zeros_for_empty_prompt", True)
-    unconditional = key("unconditional", texts.fingerprint, zeros)
-    sizes = buckets.sizes(settings.resolution, settings.buckets)
-    skipped = Skipped(settings.skip_bad)
-
-    # What every example is made of, and which of that is not there yet
-    rows, names = survey(examples, settings, sizes, texts.fingerprint, vae.fingerprint, pool, skipped)
-    captions = Rows(folder, "captions", (np.prod(texts.text_shape) + texts.pooled_shape[0],))
-    moments = [Rows(folder, moments_name(size), vae.shape(size)) for size in sizes]
-    new_captions = missing(rows["caption_key"], captions)
-    new_pictures = [pictures_to_encode(rows, i, of_size) for i, of_size in enumerate(moments)]
-    count = sum(len(numbers) for numbers, _ in new_pictures)
-    blank = missing(np.array([unconditional], "S32"), captions)
-    numbers, before = [np.concatenate(both) for both in zip(*new_pictures)], read_index(folder)
-    also = ["the unconditional embedding"] if before and len(blank) else []
-    which, why = changes(rows, names, numbers, new_captions, before, also)
-    picture_bytes = sum(len(numbers) * of_size.row_bytes for (numbers, _), of_size in zip(new_pictures, moments))
-    needed = (len(new_captions) + len(blank)) * captions.row_bytes + picture_bytes
-    print(f"{which} to encode: {why}; {needed / 2**20:,.0f} MiB in {folder}", flush=True)
+    making = Making(settings, folder, pool)
+    which, why = making.changes()
+    print(f"{which} to encode: {why}; {making.bytes() / 2**20:,.0f} MiB in {folder}", flush=True)
     if settings.explain:
         return
-
-    folder.mkdir(exist_ok=True)
-    safe.need_space(folder, needed, "the cache")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began, failed = time.perf_counter(), {}
-    if len(new_captions) or len(blank):
-        texts.load(device)
-        if len(blank):
-            captions.write(1, [([unconditional], np.zeros((1, *captions.shape)) if zeros else encode_captions(texts, [""]))])
-        captions.write(len(new_captions), captions_in_batches(texts, rows, new_captions, examples))
-        texts.unload()  # before the VAE comes: never both in memory
+    began = time.perf_counter()
+    making.encode_captions()
     between = time.perf_counter()
-    if count:
-        vae.load(device)
-        with tqdm(total=count, unit="image", desc="pictures") as bar:
-            for size, of_size, new in zip(sizes, moments, new_pictures):
-                of_size.write(len(new[0]), pictures_in_batches(vae, rows, new, examples, size, pool, skipped, failed, bar))
+    making.encode_pictures()
     ended = time.perf_counter()
-
-    index = places(rows, captions, moments)
-    good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
-    for i in np.flatnonzero(~good):  # every row of a picture that failed, once
-        skipped(names[i], safe.UserError(f"{names[i]}: {failed[rows['image_digest'][i]]}"))
-    kept = np.flatnonzero(good)
-    if not len(kept):
-        raise safe.UserError(f"none of {len(examples)} rows can be used, e.g. {': '.join(skipped[0])}")
-    manifest = dict(
-        model=asdict(model.pinned()),
-        vae=asdict(vae_model.pinned()),
-        resolution=settings.resolution,
-        scaling_factor=vae.config["scaling_factor"],
-        sizes=sizes,
-        moments_shapes=[of_size.shape for of_size in moments],
-        text_shape=texts.text_shape,
-        pooled_shape=texts.pooled_shape,
-        unconditional=int(captions.find(np.array([unconditional], "S32"))[0]),
-        rows=len(kept),
-        held_out=int(index["held_out"][kept].sum()),
-        skipped=skipped,
-        content=hashlib.sha256(b"".join(rows[field][kept].tobytes() for field in CONTENT)).hexdigest(),
-    )
-    write_index(folder, index[kept], [names[i] for i in kept], manifest)
+    making.commit()
     print(f"{which} encoded: {why}; text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included")
-    if skipped:
-        print(f"{len(skipped):,} rows left out, e.g. {': '.join(skipped[0])}")
+    if making.skipped:
+        print(f"{len(making.skipped):,} rows left out, e.g. {': '.join(making.skipped[0])}")
+
+
+class Making:
+    """A cache in the making: what every example is made of, what of that is not there yet, and how it gets there."""
+
+    def __init__(self, settings, folder, pool):
+        self.settings, self.folder, self.pool, self.stop = settings, folder, pool, None
+        self.examples = open_examples(settings)
+        import torch  # seconds to import: after all that can be refused without it
+
+        from data.encoders import VAE, TextEncoders
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
+        self.model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
+        vae_name = settings.pretrained_vae_model_name_or_path
+        self.vae_model = Model(vae_name, None, variant) if vae_name else self.model
+        self.texts, self.vae = TextEncoders(self.model, settings.mixed_precision), VAE(self.vae_model, settings.mixed_precision)
+        self.zeros = self.model.index().get("force_zeros_for_empty_prompt", True)
+        self.unconditional = key("unconditional", self.texts.fingerprint, self.zeros)
+        self.sizes = buckets.sizes(settings.resolution, settings.buckets)
+        self.skipped, self.failed = Skipped(settings.skip_bad), {}  # failed: {digest of a picture: why}
+
+        prints = self.texts.fingerprint, self.vae.fingerprint
+        self.rows, self.names = survey(self.examples, settings, self.sizes, *prints, pool, self.skipped)
+        self.captions = Rows(folder, "captions", (np.prod(self.texts.text_shape) + self.texts.pooled_shape[0],))
+        self.moments = [Rows(folder, moments_name(size), self.vae.shape(size)) for size in self.sizes]
+        self.new_captions = missing(self.rows["caption_key"], self.captions)
+        self.new_pictures = [pictures_to_encode(self.rows, i, of_size) for i, of_size in enumerate(self.moments)]
+        self.blank = missing(np.array([self.unconditional], "S32"), self.captions)
+
+    def changes(self):
+        """(which, why) in words."""
+        before = read_index(self.folder)
+        also = ["the unconditional embedding"] if before and len(self.blank) else []
+        pictures = [np.concatenate(both) for both in zip(*self.new_pictures)]
+        return changes(self.rows, self.names, pictures, self.new_captions, before, also)
+
+    def bytes(self):
+        """What the new rows take on disk."""
+        pictures = sum(len(numbers) * of_size.row_bytes for (numbers, _), of_size in zip(self.new_pictures, self.moments))
+        return (len(self.new_captions) + len(self.blank)) * self.captions.row_bytes + pictures
+
+    def encode_captions(self):
+        self.stop = safe.Signals()  # until here there is nothing to save
+        self.folder.mkdir(exist_ok=True)
+        safe.need_space(self.folder, self.bytes(), "the cache")
+        if not len(self.new_captions) and not len(self.blank):
+            return
+        self.texts.load(self.device)
+        if len(self.blank):
+            blank = np.zeros((1, *self.captions.shape)) if self.zeros else encode_captions(self.texts, [""])
+            self.captions.write(1, [([self.unconditional], blank)])
+        self.captions.write(len(self.new_captions), self._captions_in_batches())
+        self._stop_if_asked()
+        self.texts.unload()  # before the VAE comes: never both in memory
+
+    def encode_pictures(self):
+        count = sum(len(numbers) for numbers, _ in self.new_pictures)
+        if not count:
+            return
+        self.vae.load(self.device)
+        with tqdm(total=count, unit="image", desc="pictures") as bar:
+            for size, of_size, new in zip(self.sizes, self.moments, self.new_pictures):
+                of_size.write(len(new[0]), self._pictures_in_batches(size, new, bar))
+                self._stop_if_asked()
+
+    def commit(self):
+        """Write the index and the manifest: from here on there is a cache."""
+        rows = self.rows
+        index = places(rows, self.captions, self.moments)
+        good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
+        for i in np.flatnonzero(~good):  # every row of a picture that failed, once
+            self.skipped(self.names[i], safe.UserError(f"{self.names[i]}: {self.failed[rows['image_digest'][i]]}"))
+        kept = np.flatnonzero(good)
+        if not len(kept):
+            raise safe.UserError(f"none of {len(self.examples)} rows can be used, e.g. {': '.join(self.skipped[0])}")
+        manifest = dict(
+            model=asdict(self.model.pinned()),
+            vae=asdict(self.vae_model.pinned()),
+            resolution=self.settings.resolution,
+            scaling_factor=self.vae.config["scaling_factor"],
+            sizes=self.sizes,
+            moments_shapes=[of_size.shape for of_size in self.moments],
+            text_shape=self.texts.text_shape,
+            pooled_shape=self.texts.pooled_shape,
+            unconditional=int(self.captions.find(np.array([self.unconditional], "S32"))[0]),
+            rows=len(kept),
+            held_out=int(index["held_out"][kept].sum()),
+            skipped=self.skipped,
+            content=hashlib.sha256(b"".join(rows[field][kept].tobytes() for field in CONTENT)).hexdigest(),
+        )
+        write_index(self.folder, index[kept], [self.names[i] for i in kept], manifest)
+
+    def _captions_in_batches(self):
+        """Yields (keys, encoded captions) of the new ones."""
+        cut = []
+        with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
+            for batch in batches(self.new_captions, CAPTIONS_AT_ONCE):
+                if self.stop.received:
+                    return
+                captions = [self.examples[int(self.rows["number"][i])].caption for i in batch]
+                cut += [caption for caption in captions if self.texts.truncated(caption)]
+                yield self.rows["caption_key"][batch], encode_captions(self.texts, captions)
+                bar.update(len(batch))
+        if cut:
+            print(f"{len(cut):,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {cut[0]!r}")
+
+    def _pictures_in_batches(self, size, pictures, bar):
+        """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
+        at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (size[0] * size[1] * self.vae.dtype.itemsize)))
+        encoding = collections.deque()  # numbers and keys of the batches that the VAE has not given back yet
+
+        def decode(picture):  # in a worker, as `stack`
+            number, mirrored = picture
+            example = self.examples[int(self.rows["number"][number])]
+            try:
+                pixels = buckets.resize_and_crop(example.image(), size, example.name)
+            except safe.UserError as error:
+                return number, None, error
+            return number, self.rows["mirrored_key" if mirrored else "picture_key"][number], pixels[:, ::-1] if mirrored else pixels
+
+        def readable():
+            for number, picture_key, result in ahead(self.pool, decode, zip(*pictures)):
+                bar.update()
+                if picture_key is None:
+                    self._refuse(number, result)
+                else:
+                    yield number, picture_key, result
+
+        def stack(batch):
+            numbers, keys, pixels = zip(*batch)
+            return numbers, np.array(keys), self.vae.stage(np.stack(pixels))
+
+        def stacked():
+            for numbers, keys, pixels in ahead(self.pool, stack, batches(readable(), at_once), BATCHES_AHEAD):
+                if self.stop.received:
+                    return
+                encoding.append((numbers, keys))
+                yield pixels
+
+        for moments in self.vae.encode(stacked()):
+            (numbers, keys), moments = encoding.popleft(), moments.numpy()
+            finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
+            for i in np.flatnonzero(~finite):
+                name = self.examples.name(int(self.rows["number"][numbers[i]]))
+                problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
+                self._refuse(numbers[i], safe.NumbersError(problem))
+            yield keys[finite], moments[finite]
+
+    def _refuse(self, number, error):
+        """A picture that cannot be used: left out with --skip_bad, else the end of the command."""
+        if not self.skipped.allowed:
+            raise error
+        name = self.examples.name(int(self.rows["number"][number]))
+        self.failed[self.rows["image_digest"][number]] = str(error).removeprefix(f"{name}: ")
+
+    def _stop_if_asked(self):
+        if self.stop.received:
+            raise safe.Stopped(self.stop.received, "stopped, what is encoded is kept; run the same command to go on")
 
 
 class Skipped(list):
@@ -157,63 +256,6 @@ def encode_captions(texts, captions):
 
     text, pooled = texts(captions)
     return torch.cat([text.flatten(1), pooled], dim=1).half().cpu().numpy()
-
-
-def captions_in_batches(texts, rows, numbers, examples):
-    """Yields (keys, encoded captions) of the rows with these numbers."""
-    cut = []
-    with tqdm(total=len(numbers), unit="caption", desc="captions") as bar:
-        for batch in batches(numbers, CAPTIONS_AT_ONCE):
-            captions = [examples[int(rows["number"][i])].caption for i in batch]
-            cut += [caption for caption in captions if texts.truncated(caption)]
-            yield rows["caption_key"][batch], encode_captions(texts, captions)
-            bar.update(len(batch))
-    if cut:
-        print(f"{len(cut):,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {cut[0]!r}")
-
-
-def pictures_in_batches(vae, rows, pictures, examples, size, pool, skipped, failed, bar):
-    """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
-    import torch
-
-    def decode(picture):
-        number, mirrored = picture
-        example = examples[int(rows["number"][number])]
-        try:
-            pixels = buckets.resize_and_crop(example.image(), size, example.name)
-        except safe.UserError as error:
-            return number, None, error
-        return number, rows["mirrored_key" if mirrored else "picture_key"][number], pixels[:, ::-1] if mirrored else pixels
-
-    def refuse(number, error):
-        if not skipped.allowed:
-            raise error
-        failed[rows["image_digest"][number]] = str(error).removeprefix(f"{examples.name(int(rows['number'][number]))}: ")
-
-    def readable():
-        for number, picture_key, result in ahead(pool, decode, zip(*pictures)):
-            bar.update()
-            if picture_key is None:
-                refuse(number, result)
-            else:
-                yield number, picture_key, result
-
-    at_once, told = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (size[0] * size[1] * vae.dtype.itemsize))), collections.deque()
-
-    def stacked():
-        for batch in batches(readable(), at_once):
-            numbers, keys, pixels = zip(*batch)
-            told.append((numbers, np.array(keys)))
-            yield torch.from_numpy(np.stack(pixels))
-
-    for moments in vae.encode(stacked()):
-        (numbers, keys), moments = told.popleft(), moments.numpy()
-        finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
-        for i in np.flatnonzero(~finite):
-            name = examples.name(int(rows["number"][numbers[i]]))
-            problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
-            refuse(numbers[i], safe.NumbersError(problem))
-        yield keys[finite], moments[finite]
 
 
 def batches(items, size):

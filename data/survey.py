@@ -97,12 +97,12 @@ def changes(rows, names, pictures, captions, before, also):
     return f"{len(touched):,} of {len(rows):,} rows", (", ".join(reasons) or "nothing changed") + gone
 
 
-def ahead(pool, work, items):
-    """work(item) for each item in order, computed by the pool at most AHEAD items before it is asked for."""
+def ahead(pool, work, items, most=AHEAD):
+    """work(item) for each item in order, computed by the pool at most `most` items before it is asked for."""
     pending = collections.deque()
     for item in items:
         pending.append(pool.submit(work, item))
-        if len(pending) > AHEAD:
+        if len(pending) > most:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

@@ -331,7 +331,8 @@ def edit_captions(source, change):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Two rows at a time, so that eight pictures have a middle."""
+    """Two rows at a time, each time committed, so that eight pictures have a middle."""
+    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
     monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
     monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
 

@@ -86,7 +86,23 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(cut_rows, cut_keys, tmp_
     assert files(killed) == files(tmp_path / "whole")
 
 
-def test_rows_are_committed_batch_by_batch(tmp_path):
+def test_rows_are_committed_as_time_goes_by(tmp_path, monkeypatch):
+    """A batch that comes a second after the last commit is committed, with all before it; the disk is not asked each time."""
+    now, counts = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slowly():
+        for n in range(1, 7):
+            counts.append(len(rows(tmp_path)))
+            now[0] += 0.4
+            yield batch_of([n])
+
+    rows(tmp_path).write(6, slowly())
+    assert counts == [0, 0, 0, 3, 3, 3]  # at 1.2 s; the next would be at 2.4 s
+    assert len(rows(tmp_path)) == 6
+
+
+def test_what_came_before_an_error_is_committed(tmp_path):
     """An encoder that dies at row 900 of 1,000 must not cost 900."""
 
     def dies():
@@ -103,6 +119,7 @@ def test_rows_are_committed_batch_by_batch(tmp_path):
 
 def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
     """The other way round, a power cut leaves keys for rows that are not there."""
+    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
     done, real = [], os.fdatasync
     monkeypatch.setattr(os, "fdatasync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd)))
     fill(tmp_path, 1, 2, 3)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -154,6 +155,24 @@ def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
     assert not (killed / "cache" / "manifest.json").exists()
     precompute(killed, pictures)
     assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(signum, code, pictures, run, tmp_path, small_batches, monkeypatch):
+    """Free GPUs are taken back with a SIGTERM; every picture encoded until then was paid for."""
+    stopped, real = tmp_path / "stopped", VAE._start
+    monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
+    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 1)
+    process = Forked("data.precompute", ("--output_dir", stopped, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log")
+    keys = stopped / "cache" / "moments-64x64.keys"
+    when(lambda: keys.exists() and keys.stat().st_size >= 36, process)
+    process.send(signum)
+    assert process.wait(20) == code
+    assert process.output.splitlines()[-1] == "error: stopped, what is encoded is kept; run the same command to go on"
+    assert 1 <= keys.stat().st_size // 36 < PICTURES and not (stopped / "cache" / "manifest.json").exists()
+    monkeypatch.undo()
+    precompute(stopped, pictures)
+    assert Cache(stopped / "cache").manifest["content"] == Cache(run.folder / "cache").manifest["content"]
 
 
 def test_two_folders_have_the_same_bytes(run, pictures, tmp_path):
