@@ -63,9 +63,10 @@ test-all:  ## the slow tests as well
 test-all: setup-dev
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(ARGS) tests
 
-bench:  ## one training step against the usual arrangement, at SDXL's size on a GPU -> runs/bench/step.json
+bench:  ## a training step and precompute against the usual ways, at SDXL's size on a GPU -> runs/bench/*.json
 bench: setup-dev
-	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.step runs/bench $(ARGS)
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.step runs/bench
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.precompute runs/bench
 
 clean:  ## remove .venv and the toy's run
 	rm -rf .venv runs/toy .pytest_cache

@@ -13,6 +13,7 @@ class FusedAttention:
 
     def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
         """x (B, L, width), encoder_hidden_states None or the text (B, 77, 2048) -> (B, L, width)"""
+        assert attention_mask is None, "SDXL attends to everything"
         if encoder_hidden_states is None:
             q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         else:

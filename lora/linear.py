@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.scale = 1.0  # set at run time: 1 is the trained strength, 0 leaves the base bit for bit
-        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+        dtype = base.weight.dtype if base.weight.is_floating_point() else base.compute_dtype  # of bitsandbytes' 4 bits
         A = torch.randn(parts * rank, base.in_features, generator=generator) / rank
         self.A = nn.Parameter(A.to(base.weight.device, dtype))
         self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=base.weight.device, dtype=dtype))
@@ -74,14 +74,15 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A):
         ctx.save_for_backward(x, A)
-        return x.view_as(x), x @ A.T
+        same = x.view_as(x)
+        if not ctx.needs_input_grad[0]:  # text, which nothing trainable comes before: the base needs no backward either
+            ctx.mark_non_differentiable(same)
+        return same, x @ A.T
 
     @staticmethod
     def backward(ctx, dx, dh):
         x, A = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:  # not for text, which nothing trainable comes before
-            dx.addmm_(dh, A)
-        return dx, dh.T @ x
+        return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dh.T @ x
 
 
 class _Up(torch.autograd.Function):

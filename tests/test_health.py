@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from data.safe import NumbersError
-from train.health import MOST_OVERFLOWS, Health
+from train.health import MOST_OVERFLOWS, Health, first_not_finite
 
 
 def where():
@@ -52,3 +53,20 @@ def test_where_is_asked_for_only_when_needed():
     """It draws the step's numbers again: not at every step."""
     health(True).check(lambda: pytest.fail("asked"), 0.1, math.inf)
     health(False).check(lambda: pytest.fail("asked"), 0.1, 1.0)
+
+
+def test_the_first_module_with_an_output_that_is_not_finite_is_named():
+    """In the order of the forward, not of the definition; and the hooks are gone afterwards."""
+    model = nn.ModuleDict(dict(last=nn.Linear(2, 2), first=nn.Linear(2, 2), middle=nn.Sequential(nn.Linear(2, 2), nn.Identity())))
+
+    def run():
+        return model["last"](model["middle"](model["first"](torch.ones(1, 2))))
+
+    assert first_not_finite(model, run) is None
+    with torch.no_grad():
+        model["middle"][0].weight[0, 0] = torch.inf
+    assert first_not_finite(model, run) == "middle.0"
+    with torch.no_grad():
+        model["first"].bias[1] = torch.nan
+    assert first_not_finite(model, run) == "first"
+    assert not any(module._forward_hooks for module in model.modules())

@@ -134,6 +134,16 @@ def test_an_input_used_twice_gets_both_gradients():
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_an_input_without_gradient_costs_the_base_no_backward():
+    """Text: its gradient would be computed in 70 layers and thrown away."""
+    adapted, x = layer(), torch.randn(3, 12)
+    asked = []
+    adapted.base.register_full_backward_hook(lambda *_: asked.append(1))
+    y = adapted(x)
+    y.square().sum().backward()
+    assert not asked and adapted.A.grad.any() and adapted.B.grad.any()
+
+
 def test_quantised_base():
     """bitsandbytes' 4-bit layer: its packed weight has another shape and dtype; only its output may be used."""
     bnb = pytest.importorskip("bitsandbytes")

@@ -381,7 +381,8 @@ def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
         file.seek(at * 36 + 32)
         file.write(struct.pack("<I", zlib.crc32(row)))
     with pytest.raises(
-        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*{bad:03d}\.png, .*timesteps \[\d+, \d+, \d+, \d+\]"
+        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*{bad:03d}\.png, .*timesteps \[\d+, \d+, \d+, \d+\]; "
+        "the first output that is not finite is conv_in's"
     ):
         train(fresh, "--checkpointing_steps", 1)
     assert [m["step"] for m in metrics(fresh)] == list(range(1, seen + 1))

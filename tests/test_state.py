@@ -141,3 +141,12 @@ def test_a_field_that_one_side_lacks_differs(tmp_path):
     setup.save(tmp_path, 1, brand_new=3)
     with pytest.raises(UserError, match="brand_new 3 there and None here"):
         setup.load(tmp_path)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
+    """Its vector has another order: read as it is, every layer would start from another one's numbers."""
+    monkeypatch.setattr("train.state.VERSION", 1)
+    Setup().step(0).save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="written by another version of this program; use another --output_dir"):
+        Setup().load(tmp_path)

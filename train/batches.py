@@ -56,11 +56,3 @@ def chosen(cache, settings, step, slot):
     slots, lengths = settings.gradient_accumulation_steps, [len(members) for members in cache.members]
     size, positions = sampler.rows(settings.seed, step, slot, slots, settings.train_batch_size, lengths)
     return cache.members[size][positions].tolist()
-
-
-def describe(cache, settings, signal, step):
-    """What a step trained on, for messages: everything is drawn again from (seed, step, slot)."""
-    slots = range(settings.gradient_accumulation_steps)
-    examples = [example for slot in slots for example in chosen(cache, settings, step, slot)]
-    times = [t for slot in slots for t in draw(cache, settings, signal, step, slot)["t"].tolist()]
-    return f"step {step + 1}, {', '.join(cache.names(examples))}, timesteps {times}"

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from data.safe import NumbersError
 
 MOST_OVERFLOWS = 20  # in a row: the loss scale halves each time, and at 166 it is 0 and the next step writes NaN into the weights
@@ -28,3 +30,25 @@ class Health:
             raise NumbersError(
                 f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row, last at {where()}; try --mixed_precision bf16 or a lower --learning_rate"
             )
+
+
+def first_not_finite(model, run):
+    """Name of the first module of `model`, in the order of run(), whose output is not finite; None where all are.
+
+    run(): the forward that went wrong, once more.
+    """
+    found = []
+
+    def look(name, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        if not found and torch.is_tensor(tensor) and not tensor.isfinite().all():
+            found.append(name)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, module in leaves]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

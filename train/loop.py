@@ -20,8 +20,8 @@ from data.safe import Signals, Stopped, UserError
 from lora.files import export
 from lora.inject import fuse_projections, inject
 from train import diffusion, graph, plan
-from train.batches import batches, describe, largest
-from train.health import Health
+from train.batches import batches, chosen, draw, largest
+from train.health import Health, first_not_finite
 from train.metrics import Metrics
 from train.state import load_state, save_state
 
@@ -50,7 +50,7 @@ def train(settings, run):
             r.scaler.unscale_(r.optimizer)
             norm = torch.nn.utils.clip_grad_norm_([r.adapters.vector], settings.max_grad_norm)
             loss, norm = torch.stack([loss, norm]).tolist()  # here Python waits for the device
-            health.check(partial(describe, r.cache, settings, r.signal, step), loss, norm)
+            health.check(partial(describe, r, settings, step), loss, norm)
             r.scaler.step(r.optimizer)  # not, when the gradient overflowed
             r.scaler.update()
             r.adapters.refresh()  # the layers' copies follow, the gradient is zero again
@@ -85,7 +85,11 @@ def setup(settings, run):
     micro_step = partial(forward_backward, settings, unet, adapters, scaler, signal.to(device), predicts, dtype)
     eager = graph.Eager(micro_step, device)
     optimizer_bytes = 0 if start else adapters.vector.numel() * (2 if settings.use_8bit_adam else 8)
-    memory_plan = plan.make(settings, unet, partial(eager, largest(cache, settings, signal)), device, optimizer_bytes, memory_plan)
+
+    def measured():
+        return eager(largest(cache, settings, signal))
+
+    memory_plan = plan.make(settings, unet, measured, device, optimizer_bytes, memory_plan)
     plan.recompute(unet, memory_plan["recomputed"])
     adapters.refresh()
     graphed = device.type == "cuda" and not settings.no_cuda_graph
@@ -101,6 +105,7 @@ def setup(settings, run):
         identity=identity,
         start=start,
         memory_plan=memory_plan,
+        eager=eager,
         batches=batches(cache, settings, signal, start),
         micro_step=graph.Graphed(micro_step, device, [adapters.vector.grad]) if graphed else eager,
     )
@@ -116,6 +121,18 @@ def forward_backward(settings, unet, adapters, scaler, signal, predicts, dtype, 
     scaled = scaler.scale(loss / settings.gradient_accumulation_steps)
     adapters.add_gradients(torch.autograd.grad(scaled, adapters.parameters))
     return loss.detach()
+
+
+def describe(r, settings, step):
+    """What a step trained on and where its numbers went wrong, for messages: every slot is drawn and run again."""
+    told, culprit = [], None
+    for slot in range(settings.gradient_accumulation_steps):
+        batch = draw(r.cache, settings, r.signal, step, slot)
+        told.append((r.cache.names(chosen(r.cache, settings, step, slot)), batch["t"].tolist()))
+        culprit = culprit or first_not_finite(r.unet, partial(r.eager, batch))
+    names, times = (sum(parts, []) for parts in zip(*told))
+    where = f"the first output that is not finite is {culprit}'s" if culprit else "every module's output is finite"
+    return f"step {step + 1}, {', '.join(names)}, timesteps {times}; {where}"
 
 
 def load_unet(base, cache, dtype, device, compiled):

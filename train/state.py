@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 
 from data.safe import UserError, atomic_write
 
+VERSION = 2
 KEPT = 2
 DIGEST = hashlib.sha256().digest_size
 # Between a run and its continuation; the last four change how a step is computed, not what
@@ -29,7 +30,7 @@ def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
     for name, value in optimizer.state[adapters.vector].items():
         kept = tensors if torch.is_tensor(value) else numbers
         kept[f"optimizer.{name}"] = value
-    facts = dict(step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity, plan=plan)
+    facts = dict(version=VERSION, step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity, plan=plan)
     blob = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"state": json.dumps(facts)})
     with atomic_write(folder / f"{step:06d}.state") as file:
         file.write(blob)
@@ -57,6 +58,8 @@ def load_state(folder, adapters, optimizer, scaler, identity):
         return 0, None
     (size,) = struct.unpack("<Q", blob[:8])
     facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
+    if facts.get("version") != VERSION:
+        raise UserError(f"{path}: written by another version of this program; use another --output_dir")
     _same_run(path, facts["identity"], identity)
     tensors = load(blob)
     with torch.no_grad():

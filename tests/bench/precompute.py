@@ -1,6 +1,6 @@
 """How fast precompute is, against one picture at a time and against the VAE alone: python -m tests.bench.precompute OUT
 
-At SDXL's size with random weights on a GPU; `--toy` with the small pipeline. Writes OUT/precompute.json.
+At SDXL's size with random weights on a GPU, else with the toy's small pipeline (`--toy`). Writes OUT/precompute.json.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main():
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    args.toy |= device.type == "cpu"
     name, resolution, precision, counts = (TOY, 128, "no", (4, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (32, 192))
     if not args.toy:
         make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
