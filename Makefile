@@ -30,7 +30,7 @@ naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto
 
 $(if $(filter $(PRESET),toy naruto),,$(error PRESET=$(PRESET) is none of toy, naruto))
 
-.PHONY: help setup precompute train compare test test-all bench clean
+.PHONY: help setup precompute train compare check test test-all bench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -54,6 +54,17 @@ compare:  ## base against LoRA on the preset's prompts -> RUN/compare/grid.png
 compare: setup
 	$(PYTHON) -m infer --output_dir $(RUN) $($(PRESET).compare) $(ARGS)
 	$($(PRESET).after)
+
+check:  ## is the machine fit? Then the whole line on two pictures, one step, two sampler steps; nothing of it stays
+check: setup
+	$(PYTHON) -m data.check $(RUN)
+	rm -rf $(RUN)/check
+	$($(PRESET).before)
+	$(PYTHON) -m data.precompute --output_dir $(RUN)/check $($(PRESET).precompute) --max_train_samples 2
+	$(PYTHON) -m train --output_dir $(RUN)/check $($(PRESET).train) --max_train_steps 1
+	$(PYTHON) -m infer --output_dir $(RUN)/check --prompt "a red house in the forest" --num_inference_steps 2
+	rm -rf $(RUN)/check
+	@echo "check: this machine can run PRESET=$(PRESET)"
 
 test:  ## the tests, under two minutes on a CPU
 test: setup-dev

@@ -65,6 +65,7 @@ class Train:
     gradient_checkpointing: bool = flag(False, "recompute every block's activations: the least memory, about a third slower")
     compile: str = flag("auto", "kernels compiled by Triton: where the GPU can, must, or not at all", choices=("auto", "on", "off"))
     no_cuda_graph: bool = flag(False, "start every kernel from Python in place of replaying a recorded graph: slower, for debugging")
+    deterministic: bool = flag(False, "the same command gives the same bits on a GPU as well, as it does on a CPU; slower")
     use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit in place of torch's AdamW")
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import buckets, safe
+from data import buckets, check, safe
 from data.cache import INDEX, Rows, moments_name, read_index, write_index
 from data.dataset import open_examples
 from data.flags import parse
@@ -68,6 +68,7 @@ class Making:
         from data.encoders import VAE, TextEncoders
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check.precision(settings.mixed_precision, self.device)
         variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
         self.model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
         vae_name = settings.pretrained_vae_model_name_or_path

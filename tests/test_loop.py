@@ -1,6 +1,7 @@
 """The training loop: against a plain loop written out, and through everything that can stop it."""
 
 import json
+import os
 import shutil
 import signal
 import struct
@@ -9,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, STEPS, TRAIN, Forked, here, lines, settings, when
+from conftest import PIPELINE, STEPS, TRAIN, Forked, command, here, lines, settings, when
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -244,6 +245,30 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
     mirrored = distance[1] < distance[0]
     for share in (mirrored, mirrored == dropped):
         assert 0.35 < share.float().mean() < 0.65
+
+
+def test_deterministic_asks_for_kernels_of_a_fixed_order(fresh, tmp_path, monkeypatch):
+    """And changes nothing on a CPU, whose sums have one anyway."""
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    other = again(fresh, tmp_path, "deterministic")
+    train(fresh, "--max_train_steps", 2)
+    assert not asked
+    train(other, "--max_train_steps", 2, "--deterministic")
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.equal(vector(fresh, 2), vector(other, 2))
+
+
+@pytest.mark.gpu
+def test_deterministic_on_a_gpu_gives_the_same_bytes_twice_and_resumed(fresh, tmp_path):
+    """In processes of their own: what it switches stays on."""
+    folders = [fresh, again(fresh, tmp_path, "twice"), again(fresh, tmp_path, "resumed")]
+    flags = [*TRAIN, "--mixed_precision", "fp16", "--deterministic"]
+    command("train", "--output_dir", folders[2], *flags, "--max_train_steps", 3)
+    for folder in folders:
+        command("train", "--output_dir", folder, *flags)
+    assert weights(folders[0]) == weights(folders[1]) == weights(folders[2])
 
 
 # ---- Stopping and going on

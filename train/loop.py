@@ -5,6 +5,7 @@ adapters' one flat gradient; then unscale, clip, step. Everything random is a fu
 and going on is running the same command again.
 """
 
+import os
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
-from data import fused
+from data import check, fused
 from data.cache import Cache
 from data.models import Model, load
 from data.safe import Signals, Stopped, UserError
@@ -72,6 +73,10 @@ def setup(settings, run):
     base = Model(**cache.manifest["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[settings.mixed_precision]
+    if settings.deterministic:
+        only_deterministic_kernels()
+    check.precision(settings.mixed_precision, device)
+    check.optimizer(settings)
     unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
     adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
     scheduler = base.part("scheduler").config("scheduler_config.json")
@@ -81,6 +86,7 @@ def setup(settings, run):
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     identity = dict(asdict(settings), base=base.public_name(), cache=cache.manifest["content"])
     start, memory_plan = load_state(run / "state", adapters, optimizer, scaler, identity)
+    check.saves(settings, run, adapters.vector.numel(), start)
 
     micro_step = partial(forward_backward, settings, unet, adapters, scaler, signal.to(device), predicts, dtype)
     eager = graph.Eager(micro_step, device)
@@ -153,6 +159,13 @@ def learning_rate_schedule(optimizer, settings):
     """step -> factor on the learning rate, of the step alone, so that resuming needs no schedule's state."""
     warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
     return get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+
+
+def only_deterministic_kernels():
+    """From here on PyTorch takes kernels that add in a fixed order, and raises where there is none."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
 
 
 def make_optimizer(adapters, settings):

@@ -1,0 +1,90 @@
+"""Is this machine fit for what was asked? Cheap questions, answered before hours are spent: python -m data.check [FOLDER]
+
+`make check` runs it, then the whole line on two pictures.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from data import safe
+
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+
+
+def packages():
+    """{name: version} of the packages that are needed. Raises UserError for one that is missing or was not tested."""
+    from packaging.requirements import Requirement
+
+    found = {}
+    for line in REQUIREMENTS.read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        needed, how = Requirement(line), "pip install -r requirements.txt -c constraints.txt"
+        try:
+            found[needed.name] = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            raise safe.UserError(f"the package {needed.name} is not installed; {how}") from None
+        if not needed.specifier.contains(found[needed.name].split("+")[0], prereleases=True):
+            raise safe.UserError(f"{needed.name} is {found[needed.name]}, tested is {needed.specifier}; {how}")
+    return found
+
+
+def precision(setting, device):
+    """Raises UserError when the GPU does not compute in what --mixed_precision asks for."""
+    import torch
+
+    if setting == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise safe.UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16")
+
+
+def optimizer(settings):
+    """Raises UserError when what --use_8bit_adam needs is not there."""
+    if settings.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+        raise safe.UserError("--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave the flag out")
+
+
+def saves(settings, run, numbers, start):
+    """Raises MachineError when the disk cannot hold what training will save of `numbers` trainable numbers from step `start` on."""
+    state = numbers * (4 + (2 if settings.use_8bit_adam else 8))
+    exports = 2 + (settings.max_train_steps - start) // settings.checkpointing_steps
+    if start < settings.max_train_steps:
+        safe.need_space(run, 3 * state + exports * 2 * numbers, "what the run will save (states and weights)")
+
+
+def gpu():
+    """What the GPU is and can do, in one line."""
+    import torch
+
+    from data import fused
+
+    if not torch.cuda.is_available():
+        return "GPU: none; the CPU is enough for the toy, not for SDXL"
+    device = torch.device("cuda")
+    free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
+    major, minor = torch.cuda.get_device_capability(device)
+    abilities = [
+        "fp16",
+        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16",
+        "flash attention" if major >= 8 else "memory-efficient attention",
+        "Triton's kernels" if not fused.works(device) else f"PyTorch's kernels ({fused.works(device)})",
+    ]
+    name = torch.cuda.get_device_name(device)
+    return f"GPU: {name} ({major}.{minor}), {free:.1f} of {total:.1f} GiB free; {', '.join(abilities)}"
+
+
+def main(argv):
+    folder = Path(argv[0] if argv else ".").absolute()
+    print("packages:", ", ".join(f"{name} {version}" for name, version in packages().items()))
+    print(gpu())
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(f"memory: {memory / 2**30:.1f} GiB free beside what the system keeps of files")
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    print(f"disk: {shutil.disk_usage(there).free / 2**30:.1f} GiB free in {there}", flush=True)
+
+
+if __name__ == "__main__":
+    safe.run(main, sys.argv[1:])
