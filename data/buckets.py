@@ -16,12 +16,12 @@ def sizes(resolution, several):
     sides in steps of 64 and at most 2:1, as SDXL was trained (Podell et al. 2023, section 2.3)."""
     if not several:
         return [(resolution, resolution)]
-    tall = set()
+    tall = {}  # the largest of each proportion
     for width in range(STEP, resolution + 1, STEP):
         height = min(resolution**2 // width // STEP * STEP, 2 * width)
         if height >= width:
-            tall.add((height, width))
-    return sorted(tall | {(w, h) for h, w in tall})
+            tall[height / width] = (height, width)
+    return sorted({*tall.values(), *((w, h) for h, w in tall.values())})
 
 
 def nearest(size, choices):
