@@ -11,6 +11,10 @@ Here each keeps its input alone for the backward, which computes the rest again.
 """
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +49,13 @@ def works(device):
         return "there is no GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):  # Triton ended its support of Turing, the T4, with 3.2
         return f"{torch.cuda.get_device_name(device)} is older than what Triton compiles for"
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler (apt install gcc)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton needs Python's headers (apt install python3-dev)"
+    return None
 
 
 def wanted(setting, device):

@@ -100,6 +100,20 @@ def test_an_older_gpu_is_told_and_served_by_pytorch(monkeypatch, capsys):
         fused.wanted("on", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("lack, message", [("triton", "is not installed"), ("gcc", "a C compiler"), ("Python.h", "Python's headers")])
+def test_what_triton_needs_is_asked_for_before_the_first_step(lack, message, monkeypatch, tmp_path):
+    """A slim container has a GPU and no gcc: the first kernel would end in a traceback of Triton's."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: lack != "triton")
+    monkeypatch.setattr("shutil.which", lambda name: None if lack == "gcc" else name)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / ("no" if lack == "Python.h" else "")))
+    monkeypatch.delenv("CC", raising=False)
+    assert message in fused.works(torch.device("cuda"))
+    lack = None
+    assert fused.works(torch.device("cuda")) is None
+
+
 def off(ours, theirs):
     return ((ours.double().cpu() - theirs.cpu()).norm() / theirs.norm().cpu()).item()
 
