@@ -112,17 +112,20 @@ class Rows:
                 os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
-            end, written, committed = len(self), [], time.monotonic()
+            here = end = len(self)
+            written, committed = {}, time.monotonic()  # {place: its key, not on disk yet}
 
             def commit():
-                """Bytes first, then the keys that make them count."""
+                """Bytes first, then the keys that make them count; new ones all at once, so that no kill parts a batch: how a
+                picture is rounded depends on those that it is encoded with, and the rest must be encoded as if nothing was."""
                 if not written:
                     return
-                _sync(data)
-                for place, record in written:
-                    index.seek(place * KEY.itemsize)
-                    index.write(record)
-                _sync(index)
+                data.flush()
+                os.fdatasync(data.fileno())
+                for place in [place for place in written if place < here]:  # of damaged rows, written again in their place
+                    os.pwrite(index.fileno(), written.pop(place), place * KEY.itemsize)
+                os.pwrite(index.fileno(), b"".join(written.values()), min(written, default=0) * KEY.itemsize)
+                os.fdatasync(index.fileno())
                 written.clear()
 
             try:
@@ -134,7 +137,7 @@ class Rows:
                     for place, key, row in zip(places.tolist(), keys, batch):
                         data.seek(place * self.row_bytes)
                         data.write(row.tobytes())
-                        written.append((place, np.array((key, zlib.crc32(row)), KEY).tobytes()))
+                        written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
                     if time.monotonic() - committed >= COMMIT_SECONDS:
                         commit()
                         committed = time.monotonic()
@@ -142,11 +145,6 @@ class Rows:
                 commit()
             data.truncate(end * self.row_bytes)
         self._open()
-
-
-def _sync(file):
-    file.flush()
-    os.fdatasync(file.fileno())
 
 
 def write_index(folder, index, names, manifest):

@@ -126,6 +126,15 @@ def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
     assert done == ["things.rows", "things.keys"] * 2
 
 
+def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
+    """One at a time, a kill could part a batch, and the rest of it would be encoded alone: rounded otherwise."""
+    sizes, real = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (sizes.append(len(data)), real(fd, data, at))[1])
+    rows(tmp_path).write(5, iter([batch_of([1, 2]), batch_of([3, 4, 5])]))
+    assert sizes == [5 * KEY.itemsize]
+    assert [position(rows(tmp_path), n) for n in range(1, 6)] == [0, 1, 2, 3, 4]
+
+
 def test_a_full_disk_is_found_before_the_first_row(tmp_path, monkeypatch):
     """A write through a map on a full disk kills the process by SIGBUS."""
 

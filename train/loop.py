@@ -88,7 +88,15 @@ def setup(settings, run):
     start, memory_plan = load_state(run / "state", adapters, optimizer, scaler, identity)
     check.saves(settings, run, adapters.vector.numel(), start)
 
-    micro_step = partial(forward_backward, settings, unet, adapters, scaler, signal.to(device), predicts, dtype)
+    forward = partial(loss_of, settings, unet, signal.to(device), predicts, dtype)
+
+    def micro_step(**batch):
+        """Forward and backward: the gradient's share of the step is added to the adapters' gradient. -> the loss"""
+        loss = forward(**batch)
+        share = scaler.scale(loss / settings.gradient_accumulation_steps)
+        adapters.add_gradients(torch.autograd.grad(share, adapters.parameters))
+        return loss.detach()
+
     eager = graph.Eager(micro_step, device)
     optimizer_bytes = 0 if start else adapters.vector.numel() * (2 if settings.use_8bit_adam else 8)
 
@@ -111,31 +119,29 @@ def setup(settings, run):
         identity=identity,
         start=start,
         memory_plan=memory_plan,
-        eager=eager,
+        forward=graph.Eager(forward, device),
         batches=batches(cache, settings, signal, start),
         micro_step=graph.Graphed(micro_step, device, [adapters.vector.grad]) if graphed else eager,
     )
 
 
-def forward_backward(settings, unet, adapters, scaler, signal, predicts, dtype, *, x0, eps, t, text, pooled, time_ids):
-    """One micro-batch: its gradient's share of the step is added to the adapters' gradient. -> its loss"""
+def loss_of(settings, unet, signal, predicts, dtype, *, x0, eps, t, text, pooled, time_ids):
+    """The loss of one micro-batch, fp32: noised, predicted, compared."""
     xt = diffusion.add_noise(x0, eps, t, signal)
     condition = dict(text_embeds=pooled.to(dtype), time_ids=time_ids)
     prediction = unet(xt.to(dtype), t, text.to(dtype), added_cond_kwargs=condition).sample
     wanted = diffusion.target(x0, eps, t, signal, predicts)
-    loss = diffusion.loss(prediction, wanted, diffusion.loss_weight(t, signal, predicts, settings.snr_gamma))
-    scaled = scaler.scale(loss / settings.gradient_accumulation_steps)
-    adapters.add_gradients(torch.autograd.grad(scaled, adapters.parameters))
-    return loss.detach()
+    return diffusion.loss(prediction, wanted, diffusion.loss_weight(t, signal, predicts, settings.snr_gamma))
 
 
+@torch.no_grad()  # the recorded graph holds the memory that a backward would need
 def describe(r, settings, step):
-    """What a step trained on and where its numbers went wrong, for messages: every slot is drawn and run again."""
+    """What a step trained on and where its numbers went wrong, for messages: every slot is drawn and its forward run again."""
     told, culprit = [], None
     for slot in range(settings.gradient_accumulation_steps):
         batch = draw(r.cache, settings, r.signal, step, slot)
         told.append((r.cache.names(chosen(r.cache, settings, step, slot)), batch["t"].tolist()))
-        culprit = culprit or first_not_finite(r.unet, partial(r.eager, batch))
+        culprit = culprit or first_not_finite(r.unet, partial(r.forward, batch))
     names, times = (sum(parts, []) for parts in zip(*told))
     where = f"the first output that is not finite is {culprit}'s" if culprit else "every module's output is finite"
     return f"step {step + 1}, {', '.join(names)}, timesteps {times}; {where}"
