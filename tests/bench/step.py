@@ -1,13 +1,14 @@
 """make bench: a training step against the reference arrangement, under budgets of GPU memory: python -m tests.bench.step OUT
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known trainer
-amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. Each line runs in a process of
-its own. Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
+amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's lines run
+in one process, ours in another. Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
 """
 
 import argparse
 import collections
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -153,7 +154,7 @@ def measure(work, kind, batch, attention, flags):
         except UserError as error:
             return dict(refused=str(error))
         times = []
-        for _ in range(3 + ((STEPS if kind == "ours" else 3) if cuda else 0)):
+        for _ in range(2 + ((STEPS if kind == "ours" else 2) if cuda else 1)):
             start = time.perf_counter()
             step()
             if cuda:
@@ -165,6 +166,21 @@ def measure(work, kind, batch, attention, flags):
             facts["peak_gib"], facts["allocated_gib"] = (f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated))
             facts["kernel_ms"], facts["kernels"] = kernels(micro_step)
     return facts | dict(plan=printed.getvalue().strip())
+
+
+def measure_all(work, out, results, lines):
+    """Measure `lines` one after the other, what one held given back before the next; `out` is written after each."""
+    for kind, batch, attention, *flags in lines:
+        facts = measure(work, kind, int(batch), attention, flags)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            facts["left_gib"] = torch.cuda.memory_reserved() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        results["lines"].append(dict(kind=kind, batch=int(batch), attention=attention, flags=" ".join(flags)) | facts)
+        print({name: fact for name, fact in results["lines"][-1].items() if name != "kernels"}, flush=True)
+        out.write_text(json.dumps(results, indent=1))
+    return results
 
 
 def matmul_tflops():
@@ -226,12 +242,9 @@ def main():
         lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
         lines += ["reference@1@efficient", "ours@1@efficient@--vram_gib=24"]
         lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph")]
-    for line in args.lines or lines:
-        kind, batch, attention, *flags = line.split("@")
-        facts = apart(measure, work, kind, int(batch), attention, flags)
-        results["lines"].append(dict(kind=kind, batch=int(batch), attention=attention, flags=" ".join(flags)) | facts)
-        print({name: fact for name, fact in results["lines"][-1].items() if name != "kernels"}, flush=True)
-        (args.out / "step.json").write_text(json.dumps(results, indent=1))
+    for kind in ("reference", "ours"):
+        of_kind = [line.split("@") for line in args.lines or lines if line.startswith(kind)]
+        results = apart(measure_all, work, args.out / "step.json", results, of_kind)
     if results["device"] != "cpu" and not args.lines:
         results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
         print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
