@@ -33,6 +33,16 @@ def packages():
     return found
 
 
+def device():
+    """Where to compute; that it is the CPU is said, because a driver that does not load makes an hour a month."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    print("no GPU here: the CPU computes", file=sys.stderr, flush=True)
+    return torch.device("cpu")
+
+
 def precision(setting, device):
     """Raises UserError when the GPU does not compute in what --mixed_precision asks for."""
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.images import read_rgb
-from data.safe import UserError
+from data.safe import UserError, is_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -56,6 +56,8 @@ class Examples:
             raise UserError(f"{name}: no image in it")
         if not isinstance(caption, str):
             raise UserError(f"{name}: its caption is {repr(caption)[:40]}, not text")
+        if not is_text(caption):
+            raise UserError(f"{name}: its caption {ascii(caption)[:40]} holds half a character; write it again")
         return Example(name, Path(path) if data is None else data, caption)
 
 

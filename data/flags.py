@@ -8,7 +8,7 @@ import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 
-from data.safe import UserError
+from data.safe import UserError, is_text
 
 
 def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
@@ -130,6 +130,9 @@ def _unknown(command, word):
 
 
 def _check(f, value):
+    for word in value if isinstance(value, list) else [value]:
+        if isinstance(word, str) and not is_text(word):
+            raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
     if value is None or isinstance(value, (bool, str, list)):
         return
     bounds = f.metadata

@@ -63,11 +63,11 @@ class Making:
     def __init__(self, settings, folder, pool):
         self.settings, self.folder, self.pool, self.stop = settings, folder, pool, None
         self.examples = open_examples(settings)
-        import torch  # seconds to import: after all that can be refused without it
 
+        # seconds to import: after all that can be refused without it
         from data.encoders import VAE, TextEncoders
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = check.device()
         check.precision(settings.mixed_precision, self.device)
         variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
         self.model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)

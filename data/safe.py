@@ -60,8 +60,11 @@ def run(main, argv):
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_report(f"the disk refused to write{where}: {error.strerror}; free some space and run the same command", 3))
+        where, free = "", ""
+        if error.filename:
+            where = f" {error.filename}"
+            free = f", {shutil.disk_usage(Path(error.filename).parent).free / 2**20:.0f} MiB are free there"
+        sys.exit(_report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3))
 
 
 _DISK_ERRORS = {28, 122, 27, 5}  # ENOSPC, EDQUOT, EFBIG, EIO
@@ -87,22 +90,25 @@ class Signals:
         print(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more ends at once", file=sys.stderr)
 
 
+UNFINISHED = ".unfinished"  # how the name of a temporary file ends
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside `path`; after the block it is on disk under its final name, or `path` is untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*"):  # of a process that was killed; the run's lock says it is dead
-        leftover.unlink()
-    with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False) as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(file.name)
+            if isinstance(error, OSError):
+                error.filename = str(path)  # a write that fails does not know what it wrote to
             raise
     sync_folder(path.parent)
 
@@ -127,7 +133,8 @@ def run_folder(path):
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a+")
     except OSError as error:
-        raise UserError(f"--output_dir {path}: not a folder that can be written ({error.strerror})") from error
+        kind = MachineError if error.errno in _DISK_ERRORS else UserError
+        raise kind(f"--output_dir {path}: not a folder that can be written ({error.strerror})") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +145,26 @@ def run_folder(path):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        _check_parts(path)
         yield path
+
+
+def _check_parts(run):
+    """Raise UserError when a part of the run's folder is of another kind or cannot be written; remove what killed writers left."""
+    for name in ("cache", "state", "compare", "metrics.jsonl", "lora.safetensors"):
+        part = run / name
+        right = part.is_file() if part.suffix else part.is_dir()
+        if part.exists() and not (right and os.access(part, os.W_OK)):
+            kind = "file" if part.suffix else "folder"
+            raise UserError(f"{part}: not a {kind} that can be written; move it away, or use another --output_dir")
+    for folder in (run, run / "cache", run / "state", run / "compare"):
+        for leftover in folder.glob(f".*{UNFINISHED}"):
+            leftover.unlink()
+
+
+def is_text(string):
+    """Whether it can be written as UTF-8: half of a surrogate pair, and bytes of another encoding on the command line, cannot."""
+    return string.encode("utf-8", "replace").decode() == string
 
 
 def need_space(folder, needed, what):

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
+from data import check
 from data.cache import read_manifest
 from data.encoders import TextEncoders
 from data.models import Model, load
@@ -21,7 +22,7 @@ def compare(settings, run):
     """Write baseline_i.png, finetuned_i.png, grid.png and report.json. `settings` is flags.Infer, `run` the run's folder."""
     model, vae_model, resolution = models(settings, run)
     lora_path = settings.lora_path or run / "lora.safetensors"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
     embeddings = encode(

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from data.safe import UserError, atomic_write
+from data.safe import NumbersError, UserError, atomic_write
 from lora.inject import inject, targets
 
 _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
@@ -37,14 +37,14 @@ def export(adapters, path, base, resolution):
     """Write the adapters, fp16, to `path` (a Path); the same weights under the same file name give the same bytes.
 
     base: the model they were trained on, a hub id or a fingerprint; never a local path. resolution: pixels a side.
-    Raises UserError naming the layer when a weight is not finite, in fp32 or as fp16.
+    Raises NumbersError naming the layer when a weight is not finite, in fp32 or as fp16.
     """
     tensors = {}
     for name, (A, B) in adapters.projections().items():
         for part, weight in (("lora_down", A), ("lora_up", B)):
             half = weight.to("cpu", torch.float16).contiguous()
             if not half.isfinite().all():
-                raise UserError(f"{name}.{part} is not finite in fp16: {path} was not written")
+                raise NumbersError(f"{name}.{part} is not finite in fp16: {path} was not written")
             tensors[f"{key(name)}.{part}.weight"] = half
         tensors[f"{key(name)}.alpha"] = torch.tensor(float(adapters.alpha))
     metadata = {

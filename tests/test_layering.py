@@ -10,7 +10,7 @@ MAY = {
     "data": {"data"},
     "lora": {"lora", "data.safe"},
     "train": {"train", "lora", "data.cache", "data.sampler", "data.safe", "data.flags", "data.models", "data.fused", "data.check", "infer.sample"},
-    "infer": {"infer", "lora", "data.safe", "data.flags", "data.models", "data.cache", "data.encoders"},
+    "infer": {"infer", "lora", "data.safe", "data.check", "data.flags", "data.models", "data.cache", "data.encoders"},
 }
 FILES = [path for package in MAY for path in sorted((ROOT / package).glob("*.py"))]
 OURS = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES} | {"data.toy"}

@@ -60,8 +60,8 @@ def train(settings, run):
             scale = r.scaler.get_scale()
             metrics.log(done, images, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows)
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
+                save(f"lora-{done:06d}")  # before the state: a run that goes on behind it does not write it again
                 save_state(run / "state", done, r.adapters, r.optimizer, r.scaler, r.identity, r.memory_plan)
-                save(f"lora-{done:06d}")
             if stop.received and done < settings.max_train_steps:
                 raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")
     save("lora")
@@ -71,7 +71,7 @@ def setup(settings, run):
     """Everything that the loop uses, ready for its next step, as attributes of one object."""
     cache = Cache(run / "cache")
     base = Model(**cache.manifest["model"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = check.device()
     dtype = DTYPES[settings.mixed_precision]
     if settings.deterministic:
         only_deterministic_kernels()

@@ -82,5 +82,5 @@ def _same_run(path, there, here):
 
 
 def _files(folder):
-    """State files, the newest first."""
-    return sorted(folder.glob("*.state"), reverse=True)
+    """State files, the newest first; not copies that somebody put aside under other names."""
+    return sorted((path for path in folder.glob("*.state") if path.stem.isdigit()), reverse=True)
