@@ -30,3 +30,15 @@ def test_links_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_table_of_faults_names_tests_that_are_there():
+    """Thirty rows; a test renamed or gone would leave a promise that nobody keeps."""
+    names = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def test_(\w+)", path.read_text())}
+    rows = [line.split("|") for line in (ROOT / "tests" / "FAULTS.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    assert [int(row[1]) for row in rows] == list(range(1, 31))
+    for row in rows[:-1]:
+        words = [word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", row[4]) if not word.startswith("test_")]
+        assert words or "test_" in row[4], row
+        for word in words:
+            assert any(word in name for name in names), word
