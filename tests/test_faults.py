@@ -306,6 +306,7 @@ def ends_at_once(process, second):
     assert process.wait(20) == -second and time.monotonic() - began < 2, process.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", TWICE)
 def test_a_second_signal_while_the_first_ones_state_is_saved(first, second, fresh, run, tmp_path, log, slow_disk):
     """The disk hangs and the user presses Ctrl-C again: the end comes now, and the state before is what it was."""
@@ -463,7 +464,8 @@ FULL = {  # what does not fit any more -> (free pages, of S the state's and W th
 }
 
 
-@pytest.mark.parametrize("full", [name if name in ("metrics", "second state") else pytest.param(name, marks=pytest.mark.slow) for name in FULL])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", FULL)
 def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fresh, run, disk, log, monkeypatch):
     """By others, after there was room: some space freed, the same command goes on from the last state to the same bytes."""
     free, kept = FULL[full]
@@ -480,6 +482,7 @@ def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fres
     same_run(folder, run.folder)
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_fit_leaves_the_last_one(run, disk, log):
     folder = disk("size=16m") / "run"
     shutil.copytree(run.folder, folder)
@@ -510,6 +513,7 @@ def test_a_disk_that_fills_up_anywhere_in_precompute_costs_nothing_that_was_enco
     assert ended[3] >= 8 and ended[0] >= 1, ended
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_end_every_command_as_a_full_disk_does(fresh, pictures, run, tmp_path, log):
     """Also where nothing can be mounted: a limit on the size of files."""
     with files_of_at_most(100_000):
