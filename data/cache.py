@@ -11,6 +11,7 @@ Rows are found by what they were made of. A row that is there is never made agai
 size changed has another key, so it cannot be taken for what it is not.
 """
 
+import errno
 import json
 import math
 import mmap
@@ -124,7 +125,10 @@ class Rows:
                 os.fdatasync(data.fileno())
                 for place in [place for place in written if place < here]:  # of damaged rows, written again in their place
                     os.pwrite(index.fileno(), written.pop(place), place * KEY.itemsize)
-                os.pwrite(index.fileno(), b"".join(written.values()), min(written, default=0) * KEY.itemsize)
+                new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
+                if os.pwrite(index.fileno(), new, at) < len(new):  # a disk that fills up takes what still fits
+                    index.truncate(at)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.keys_path))
                 os.fdatasync(index.fileno())
                 written.clear()
 

@@ -61,8 +61,9 @@ def saves(settings, run, numbers, start):
     """Raises MachineError when the disk cannot hold what training will save of `numbers` trainable numbers from step `start` on."""
     state = numbers * (4 + (2 if settings.use_8bit_adam else 8))
     exports = 2 + (settings.max_train_steps - start) // settings.checkpointing_steps
+    there = len(list((Path(run) / "state").glob("*.state")))  # two are kept, and a third is there while it is written
     if start < settings.max_train_steps:
-        safe.need_space(run, 3 * state + exports * 2 * numbers, "what the run will save (states and weights)")
+        safe.need_space(run, max(1, 3 - there) * state + exports * 2 * numbers, "what the run will save (states and weights)")
 
 
 def gpu():

@@ -135,6 +135,18 @@ def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
     assert [position(rows(tmp_path), n) for n in range(1, 6)] == [0, 1, 2, 3, 4]
 
 
+def test_keys_that_fit_in_part_are_taken_back_and_said(tmp_path, monkeypatch):
+    """A write on a full disk takes what fits and says how much: unread, half a batch would count and the rest be lost."""
+    real = os.pwrite
+    rows(tmp_path).write(2, iter([batch_of([1, 2])]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: len(data) // 2], at))
+    with pytest.raises(OSError, match="No space left on device.*things.keys"):
+        rows(tmp_path).write(3, iter([batch_of([3, 4, 5])]))
+    monkeypatch.undo()
+    again = rows(tmp_path)
+    assert [position(again, n) for n in range(1, 6)] == [0, 1, -1, -1, -1]
+
+
 def test_a_full_disk_is_found_before_the_first_row(tmp_path, monkeypatch):
     """A write through a map on a full disk kills the process by SIGBUS."""
 
