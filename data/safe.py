@@ -46,6 +46,7 @@ def run(main, argv):
     # On import these report optional parts that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    before = {signum: signal.signal(signum, _leave) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(argv)
     except UserError as error:
@@ -65,6 +66,14 @@ def run(main, argv):
             where = f" {error.filename}"
             free = f", {shutil.disk_usage(Path(error.filename).parent).free / 2**20:.0f} MiB are free there"
         sys.exit(_report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3))
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _leave(signum, _frame):
+    """Until there is something to save (Signals): end at once. An exception would end C++ that is being imported by abort()."""
+    os._exit(_report("interrupted; run the same command to go on", 128 + signum))
 
 
 _DISK_ERRORS = {28, 122, 27, 5}  # ENOSPC, EDQUOT, EFBIG, EIO

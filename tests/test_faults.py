@@ -366,7 +366,6 @@ def test_a_signal_while_captions_are_encoded_keeps_those_that_are(signum, code, 
     assert content(run) == content(tmp_path / "whole")
 
 
-@pytest.mark.xfail(strict=False, reason="KeyboardInterrupt inside the C++ of an import aborts: once in some twenty times")
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
 def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(seconds, fresh):
