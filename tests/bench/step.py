@@ -2,7 +2,8 @@
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known trainer
 amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's lines run
-in one process, ours in another. Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
+in one process, ours in another, --deterministic in its own. Without a GPU a small UNet runs, which shows that the benchmark
+works and nothing else. Writes OUT/step.json.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import collections
 import contextlib
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -238,13 +240,12 @@ def main():
         print("no GPU: a small UNet on the CPU, which shows that the benchmark runs and nothing else")
         lines = ["reference@1@default", "ours@1@default"]
     else:
-        lines = [f"{line}@default" for line in ("reference@1", "reference@4")]
+        lines = [f"{line}@default" for line in ("reference@1", "reference@4")] + ["reference@1@efficient"]
         lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
-        lines += ["reference@1@efficient", "ours@1@efficient@--vram_gib=24"]
-        lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph")]
-    for kind in ("reference", "ours"):
-        of_kind = [line.split("@") for line in args.lines or lines if line.startswith(kind)]
-        results = apart(measure_all, work, args.out / "step.json", results, of_kind)
+        lines += ["ours@1@efficient@--vram_gib=24"]
+        lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")]
+    for _, of_process in itertools.groupby(args.lines or lines, lambda line: (line.split("@")[0], "--deterministic" in line)):
+        results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in of_process])
     if results["device"] != "cpu" and not args.lines:
         results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
         print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
