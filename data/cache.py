@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.safe import MachineError, UserError, atomic_write
+from data.safe import MachineError, UserError, atomic_write, naming
 
 VERSION = 2
 COMMIT_SECONDS = 1  # what a killed writer has to do again at most
@@ -123,13 +123,14 @@ class Rows:
                     return
                 data.flush()
                 os.fdatasync(data.fileno())
-                for place in [place for place in written if place < here]:  # of damaged rows, written again in their place
-                    os.pwrite(index.fileno(), written.pop(place), place * KEY.itemsize)
-                new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
-                if os.pwrite(index.fileno(), new, at) < len(new):  # a disk that fills up takes what still fits
-                    index.truncate(at)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.keys_path))
-                os.fdatasync(index.fileno())
+                with naming(self.keys_path):
+                    for place in [place for place in written if place < here]:  # of damaged rows, written again in their place
+                        os.pwrite(index.fileno(), written.pop(place), place * KEY.itemsize)
+                    new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
+                    if os.pwrite(index.fileno(), new, at) < len(new):  # a disk that fills up takes what still fits
+                        index.truncate(at)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fdatasync(index.fileno())
                 written.clear()
 
             try:

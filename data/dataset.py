@@ -47,7 +47,8 @@ class Examples:
     def _name(self, number, path):
         if not path:
             return f"row {number}"
-        return os.path.relpath(path, self.folder) if self.folder else Path(path).name
+        name = os.path.relpath(path, self.folder) if self.folder else Path(path).name
+        return name.encode("utf-8", "replace").decode()  # Linux allows any bytes in a name, a terminal does not
 
     def __getitem__(self, number):
         path, data, caption = self.read(number)

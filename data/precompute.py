@@ -31,7 +31,8 @@ def main(argv):
     settings = parse("data.precompute", argv)
     if settings.resolution % buckets.STEP:
         raise safe.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
-    run = contextlib.nullcontext(Path(settings.output_dir)) if settings.explain else safe.run_folder(settings.output_dir)
+    folder = settings.output_dir
+    run = contextlib.nullcontext(Path(folder)) if settings.explain else safe.run_folder(folder, writes=["cache"])
     with run as folder, ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
         try:
             precompute(settings, folder / "cache", pool)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 
@@ -103,21 +104,30 @@ UNFINISHED = ".unfinished"  # how the name of a temporary file ends
 
 
 @contextlib.contextmanager
+def naming(path):
+    """An OSError in here says that it is about `path`: a write through a buffer does not know, nor does its close()."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a temporary file beside `path`; after the block it is on disk under its final name, or `path` is untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False) as file:
+    unfinished = partial(tempfile.NamedTemporaryFile, mode, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False)
+    with naming(path), unfinished(dir=path.parent) as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
-        except BaseException as error:
+        except BaseException:
             os.unlink(file.name)
-            if isinstance(error, OSError):
-                error.filename = str(path)  # a write that fails does not know what it wrote to
             raise
     sync_folder(path.parent)
 
@@ -131,11 +141,15 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+PARTS = ("cache", "state", "compare", "metrics.jsonl", "lora.safetensors")  # of a run's folder
+
+
 @contextlib.contextmanager
-def run_folder(path):
+def run_folder(path, writes=PARTS):
     """Create the run's folder and hold it: one command at a time. The lock dies with its owner.
 
-    Raises UserError when `path` is a file, cannot be written, or another command works on it.
+    writes: the parts that the command writes; the others may lie on a disk that cannot be written.
+    Raises UserError when `path` or a part is of the wrong kind, cannot be written, or another command works on it.
     """
     path = Path(path)
     try:
@@ -152,21 +166,20 @@ def run_folder(path):
             owner = file.read().strip() or "unknown"
             raise UserError(f"--output_dir {path}: process {owner} is working here; wait for it or stop it") from None
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        _check_parts(path)
+        with naming(path / ".lock"):
+            os.write(file.fileno(), str(os.getpid()).encode())
+        _check_parts(path, writes)
         yield path
 
 
-def _check_parts(run):
-    """Raise UserError when a part of the run's folder is of another kind or cannot be written; remove what killed writers left."""
-    for name in ("cache", "state", "compare", "metrics.jsonl", "lora.safetensors"):
-        part = run / name
+def _check_parts(run, writes):
+    """Raise UserError when a part of the run's folder is not what it must be; remove what killed writers left."""
+    for part in (run / name for name in PARTS):
         right = part.is_file() if part.suffix else part.is_dir()
-        if part.exists() and not (right and os.access(part, os.W_OK)):
+        if part.exists() and not (right and (part.name not in writes or os.access(part, os.W_OK))):
             kind = "file" if part.suffix else "folder"
             raise UserError(f"{part}: not a {kind} that can be written; move it away, or use another --output_dir")
-    for folder in (run, run / "cache", run / "state", run / "compare"):
+    for folder in (run, *(run / name for name in writes)):
         for leftover in folder.glob(f".*{UNFINISHED}"):
             leftover.unlink()
 

@@ -8,10 +8,11 @@ from data.flags import parse
 
 def main(argv):
     settings = parse("infer", argv)
-    with safe.run_folder(settings.output_dir) as run:
+    with safe.run_folder(settings.output_dir, writes=["compare"]) as run:
         from infer.compare import compare
 
         compare(settings, run)
 
 
-safe.run(main, sys.argv[1:])
+if __name__ == "__main__":
+    safe.run(main, sys.argv[1:])

@@ -1,6 +1,7 @@
 """What several tests share: the toy's small SDXL, full SDXL without memory, the real commands, and one finished run."""
 
 import copy
+import importlib
 import json
 import os
 import shutil
@@ -168,16 +169,17 @@ class Forked:
         try:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
-            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-            safe.run(MAINS[name], [str(word) for word in argv])
+            sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1, errors="backslashreplace")
+            safe.run(main_of(name), [str(word) for word in argv])
             code = 0
         except SystemExit as left:
             code = left.code
         except BaseException:
             traceback.print_exc()
             code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
 
     def send(self, signum):
         os.kill(self.pid, signum)
@@ -199,36 +201,18 @@ class Forked:
         return self.log.read_text()
 
 
-def _precompute(argv):
-    from data.precompute import main
-
-    main(argv)
+MODULES = {"data.precompute": "data.precompute", "train": "train.__main__", "infer": "infer.__main__"}
 
 
-def _train(argv):
-    from train.loop import train
-
-    parsed = flags.parse("train", argv)
-    with safe.run_folder(parsed.output_dir) as run:
-        train(parsed, run)
-
-
-def _infer(argv):
-    from infer.compare import compare
-
-    parsed = flags.parse("infer", argv)
-    with safe.run_folder(parsed.output_dir) as run:
-        compare(parsed, run)
-
-
-MAINS = {"data.precompute": _precompute, "train": _train, "infer": _infer}
+def main_of(name):
+    return importlib.import_module(MODULES[name]).main
 
 
 def here(name, *argv):
     """One of the commands in this process; what it refuses is raised. Signals are put back as they were."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        MAINS[name]([str(word) for word in argv])
+        main_of(name)([str(word) for word in argv])
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -10,7 +10,7 @@ from torch import nn
 
 from data.safe import UserError
 from lora.inject import inject
-from train.state import load_state, save_state
+from train.state import read_state, restore, save_state
 
 IDENTITY = asdict(settings("train", lr_scheduler="cosine", output_dir="a")) | dict(base="x", cache="y")
 PLAN = dict(recomputed=["a.b"], made_for=dict(vram_gib=8.0))
@@ -47,7 +47,7 @@ class Setup:
         save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN)
 
     def load(self, folder, **changes):
-        return load_state(folder, self.adapters, self.optimizer, self.scaler, IDENTITY | changes)
+        return restore(read_state(folder, IDENTITY | changes), self.adapters, self.optimizer, self.scaler)
 
 
 def adamw8bit(*args, **kwargs):
@@ -81,9 +81,10 @@ def test_nothing_saved_is_step_0_and_changes_nothing(tmp_path):
 
 def test_the_last_two_are_kept(tmp_path):
     setup = Setup().step(0)
-    for step in (1, 2, 30, 400):
+    for step in (1, 2, 30, 999_999, 1_000_000):
         setup.save(tmp_path, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000030.state", "000400.state"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1000000.state", "999999.state"]
+    assert setup.load(tmp_path) == (1_000_000, PLAN)  # by number: as text it would be the older one
 
 
 def flip(path):

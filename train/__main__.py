@@ -10,10 +10,11 @@ from data.flags import parse
 def main(argv):
     settings = parse("train", argv)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer holes in the GPU's memory
-    with safe.run_folder(settings.output_dir) as run:
+    with safe.run_folder(settings.output_dir, writes=["state", "metrics.jsonl", "lora.safetensors"]) as run:
         from train.loop import train
 
         train(settings, run)
 
 
-safe.run(main, sys.argv[1:])
+if __name__ == "__main__":
+    safe.run(main, sys.argv[1:])

@@ -24,7 +24,7 @@ from train import diffusion, graph, plan
 from train.batches import batches, chosen, draw, largest
 from train.health import Health, first_not_finite
 from train.metrics import Metrics
-from train.state import load_state, save_state
+from train.state import read_state, restore, save_state
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,6 +77,8 @@ def setup(settings, run):
         only_deterministic_kernels()
     check.precision(settings.mixed_precision, device)
     check.optimizer(settings)
+    identity = dict(asdict(settings), base=base.public_name(), cache=cache.manifest["content"])
+    state = read_state(run / "state", identity)
     unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
     adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
     scheduler = base.part("scheduler").config("scheduler_config.json")
@@ -84,8 +86,7 @@ def setup(settings, run):
     optimizer = make_optimizer(adapters, settings)
     # fp16 ends at 6e-8: gradients are computed of a scaled loss, and the scale found by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
-    identity = dict(asdict(settings), base=base.public_name(), cache=cache.manifest["content"])
-    start, memory_plan = load_state(run / "state", adapters, optimizer, scaler, identity)
+    start, memory_plan = restore(state, adapters, optimizer, scaler)
     check.saves(settings, run, adapters.vector.numel(), start)
 
     forward = partial(loss_of, settings, unet, signal.to(device), predicts, dtype)

@@ -8,14 +8,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.safe import atomic_write
+from data.safe import atomic_write, naming
 
 
 class Metrics:
     """Context manager: log(...) once per optimizer step. After a resume the file goes on at the resumed step."""
 
     def __init__(self, path, step, steps, device):
-        self.device = device
+        self.device, self.path = device, path
         if path.exists():  # lines past the state that the run goes on from would stand there twice
             lines = path.read_text().splitlines(keepends=True)
             with atomic_write(path, "w") as file:
@@ -29,8 +29,9 @@ class Metrics:
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
         line = dict(step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device))
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "s_per_step", "images_per_s", "peak_gib")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
@@ -40,7 +41,8 @@ class Metrics:
 
     def __exit__(self, *_):
         self.bar.close()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
 
 def _step(line):

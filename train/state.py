@@ -39,8 +39,8 @@ def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
         old.unlink()
 
 
-def load_state(folder, adapters, optimizer, scaler, identity):
-    """Put the newest good state back. Returns how many steps are done and the plan; 0 and None when there is no state.
+def read_state(folder, identity):
+    """The newest good state, for `restore`; None when there is none. Asked before the model is loaded: it may be another run's.
 
     A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (never silently
     from 0), or when the settings differ from those of the run.
@@ -55,19 +55,27 @@ def load_state(folder, adapters, optimizer, scaler, identity):
     else:
         if files:
             raise UserError(f"{folder}: every state is damaged; move the folder away to start from step 0")
-        return 0, None
+        return None
     (size,) = struct.unpack("<Q", blob[:8])
     facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
     if facts.get("version") != VERSION:
         raise UserError(f"{path}: written by another version of this program; use another --output_dir")
     _same_run(path, facts["identity"], identity)
+    return facts, blob
+
+
+def restore(state, adapters, optimizer, scaler):
+    """Put back what read_state gave. Returns how many steps are done and the plan; 0 and None when there was no state."""
+    if not state:
+        return 0, None
+    facts, blob = state
     tensors = load(blob)
     with torch.no_grad():
         adapters.vector.copy_(tensors.pop("vector"))
     adapters.refresh()
-    state = {name.removeprefix("optimizer."): value for name, value in {**tensors, **facts["numbers"]}.items()}
-    if state:
-        optimizer.load_state_dict({"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]})
+    moments = {name.removeprefix("optimizer."): value for name, value in {**tensors, **facts["numbers"]}.items()}
+    if moments:
+        optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
     return facts["step"], facts["plan"]
 
@@ -83,4 +91,5 @@ def _same_run(path, there, here):
 
 def _files(folder):
     """State files, the newest first; not copies that somebody put aside under other names."""
-    return sorted((path for path in folder.glob("*.state") if path.stem.isdigit()), reverse=True)
+    files = (path for path in folder.glob("*.state") if path.stem.isdigit())
+    return sorted(files, key=lambda path: int(path.stem), reverse=True)
