@@ -41,17 +41,17 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def trained(fresh, tmp_path, name, *flags):
-    shutil.copytree(fresh / "cache", tmp_path / name / "cache")
+def trained(cached, tmp_path, name, *flags):
+    shutil.copytree(cached / "cache", tmp_path / name / "cache")
     here("train", "--output_dir", tmp_path / name, *TRAIN, "--max_train_steps", 4, "--learning_rate", 1e-4, *flags)
     return metrics(tmp_path / name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(fresh, tmp_path, precision):
+def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_path, precision):
     runs = {
-        name: trained(fresh, tmp_path, name, "--mixed_precision", precision, *flags)
+        name: trained(cached, tmp_path, name, "--mixed_precision", precision, *flags)
         for name, flags in {
             "graph": [],
             "eager": ["--no_cuda_graph"],
@@ -66,11 +66,11 @@ def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(fresh, tmp_p
 
 
 @pytest.mark.gpu
-def test_an_overflow_inside_the_graph_is_skipped_and_recovered_from(fresh, tmp_path, monkeypatch):
+def test_an_overflow_inside_the_graph_is_skipped_and_recovered_from(cached, tmp_path, monkeypatch):
     """The scale that a graph multiplies by must be the tensor that the scaler halves."""
     real = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=2.0**26))
-    shutil.copytree(fresh / "cache", tmp_path / "run" / "cache")
+    shutil.copytree(cached / "cache", tmp_path / "run" / "cache")
     flags = ("--max_train_steps", 14, "--learning_rate", 1e-4, "--mixed_precision", "fp16")
     here("train", "--output_dir", tmp_path / "run", *TRAIN, *flags)
     scale, taken = 2.0**26, 0

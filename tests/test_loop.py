@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, STEPS, TRAIN, Forked, command, here, lines, settings, when
+from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, here, lines, settings, when
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -176,13 +178,15 @@ def test_deterministic_asks_for_kernels_of_a_fixed_order(fresh, tmp_path, monkey
 
 
 @pytest.mark.gpu
-def test_deterministic_on_a_gpu_gives_the_same_bytes_twice_and_resumed(fresh, tmp_path):
-    """In processes of their own: what it switches stays on."""
-    folders = [fresh, again(fresh, tmp_path, "twice"), again(fresh, tmp_path, "resumed")]
+def test_deterministic_on_a_gpu_gives_the_same_bytes_twice_and_resumed(cached, tmp_path):
+    """In a process of its own: what it switches stays on."""
+    folders = [again(cached, tmp_path, name) for name in ("once", "twice", "resumed")]
     flags = [*TRAIN, "--mixed_precision", "fp16", "--deterministic"]
-    command("train", "--output_dir", folders[2], *flags, "--max_train_steps", 3)
-    for folder in folders:
-        command("train", "--output_dir", folder, *flags)
+    runs = [["--output_dir", folders[2], *flags, "--max_train_steps", 3]]
+    runs += [["--output_dir", folder, *flags] for folder in folders]
+    code = "import json, sys; from train.__main__ import main; [main(argv) for argv in json.loads(sys.argv[1])]"
+    words = json.dumps([[str(word) for word in argv] for argv in runs])
+    subprocess.run([sys.executable, "-c", code, words], cwd=ROOT, check=True)
     assert weights(folders[0]) == weights(folders[1]) == weights(folders[2])
 
 

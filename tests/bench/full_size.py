@@ -1,8 +1,9 @@
 """The whole line at SDXL's full size with random weights, under the memory of a T4: python -m tests.bench.full_size OUT
 
 Makes a pipeline of SDXL's exact shapes (UNet 2,567,463,684 parameters, both CLIPs, VAE; fp16) and 16 pictures in OUT/work,
-then runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds per step,
-images/s of precompute and peak reserved GiB of each stage. The training step by itself is step.py's.
+then runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds per step and
+picture, and of each stage the peak GiB of GPU memory (reserved) and of RAM (resident, pages of mapped files among them).
+How fast precompute and the training step are is precompute.py's and step.py's.
 `--toy` does the same with the small pipeline, for a machine without a GPU.
 """
 
@@ -64,14 +65,23 @@ CLIP_G = dict(
     hidden_act="gelu",
 )
 
-# Runs a command under the cap and leaves the peak behind. argv: cap in GiB (0: none), file for the peak, module, its flags
+# Runs a command under the cap and leaves its peaks behind. argv: cap in GiB, file for the peaks, module, its flags
 CAPPED = """
-import atexit, json, pathlib, runpy, sys, torch
+import atexit, json, os, pathlib, resource, runpy, sys
 cap, out, module = float(sys.argv[1]), sys.argv[2], sys.argv[3]
+if module == "train":
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as it does itself, too late here
+import torch
 if torch.cuda.is_available():
-    if cap:
-        torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    atexit.register(lambda: pathlib.Path(out).write_text(json.dumps(torch.cuda.max_memory_reserved() / 2**30)))
+    torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+
+def leave():
+    peaks = dict(resident_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    if torch.cuda.is_available():
+        peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    pathlib.Path(out).write_text(json.dumps(peaks))
+
+atexit.register(leave)
 sys.argv = sys.argv[3:]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
@@ -117,19 +127,14 @@ def make_pictures(folder, count, side):
             )
 
 
-def command(work, cap, module, *flags):
-    """Run python -m module under the cap. -> (what it printed, seconds, peak GiB or None)"""
-    peak = work / "peak.json"
-    peak.unlink(missing_ok=True)
+def command(work, module, *flags):
+    """Run python -m module under the cap. -> (what it printed, {seconds_with_imports, peaks})"""
+    peaks = work / "peaks.json"
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", CAPPED, str(cap), str(peak), module, *map(str, flags)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    print(done.stdout)
-    return done.stdout, time.perf_counter() - began, json.loads(peak.read_text()) if peak.exists() else None
+    argv = [sys.executable, "-c", CAPPED, T4_GIB, peaks, module, *flags]
+    printed = subprocess.run(list(map(str, argv)), check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(printed)
+    return printed, dict(seconds_with_imports=time.perf_counter() - began) | json.loads(peaks.read_text())
 
 
 def main():
@@ -151,58 +156,18 @@ def main():
     make_pictures(work / "pictures", 16, resolution * 5 // 4)
     results["seconds_to_make"] = time.perf_counter() - began
 
-    run = work / "run"
-    printed, seconds, peak = command(
-        work,
-        T4_GIB,
-        "data.precompute",
-        "--output_dir",
-        run,
-        "--pretrained_model_name_or_path",
-        pipeline,
-        "--train_data_dir",
-        work / "pictures",
-        "--resolution",
-        resolution,
-        "--mixed_precision",
-        precision,
-    )
-    results["precompute"] = dict(
-        images_per_s=16 / float(re.search(r"pictures in ([\d.]+) s", printed)[1]),
-        seconds_with_imports=seconds,
-        peak_reserved_gib=peak,
-    )
-    for name, extra in (("nothing recomputed", []), ("every block recomputed", ["--gradient_checkpointing"])):
-        shutil.copytree(run / "cache", work / name / "cache")
-        _, seconds, peak = command(
-            work,
-            T4_GIB,
-            "train",
-            "--output_dir",
-            work / name,
-            "--max_train_steps",
-            steps,
-            "--rank",
-            32,
-            "--use_8bit_adam",
-            "--mixed_precision",
-            precision,
-            *extra,
-        )
-        lines = [json.loads(line) for line in open(work / name / "metrics.jsonl")]
-        later = [line["s_per_step"] for line in lines[len(lines) // 2 :]]
-        results[name] = dict(
-            s_per_step=statistics.median(later),
-            micro_batches_per_step=4,
-            peak_reserved_gib=peak,
-            seconds_with_imports=seconds,
-            loss=lines[-1]["loss"],
-        )
-    _, seconds, peak = command(
-        work, T4_GIB, "infer", "--output_dir", work / "nothing recomputed", "--prompt", "a red house in the forest"
-    )
-    report = json.loads((work / "nothing recomputed/compare/report.json").read_text())
-    results["compare"] = dict(s_per_picture=report["median_s_per_picture"], peak_reserved_gib=peak, seconds_with_imports=seconds)
+    run, common = work / "run", ("--output_dir", work / "run")
+    what = ("--pretrained_model_name_or_path", pipeline, "--train_data_dir", work / "pictures")
+    printed, facts = command(work, "data.precompute", *common, *what, "--resolution", resolution, "--mixed_precision", precision)
+    results["precompute"] = facts | dict(seconds_of_pictures=float(re.search(r"pictures in ([\d.]+) s", printed)[1]))
+    how = ("--max_train_steps", steps, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
+    _, facts = command(work, "train", *common, *how)
+    lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    per_step = statistics.median(line["s_per_step"] for line in lines[len(lines) // 2 :])
+    results["train"] = facts | dict(s_per_step=per_step, micro_batches_per_step=4, loss=lines[-1]["loss"])
+    _, facts = command(work, "infer", *common, "--prompt", "a red house in the forest")
+    report = json.loads((run / "compare" / "report.json").read_text())
+    results["compare"] = facts | dict(s_per_picture=report["median_s_per_picture"])
     (args.out / "full_size.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))
 

@@ -7,8 +7,6 @@ import argparse
 import io
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from PIL import Image
 
 from data.encoders import VAE, TextEncoders
 from data.models import Model, load
+from data.precompute import main as precompute
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 
@@ -90,7 +89,7 @@ def main():
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
     args.toy |= device.type == "cpu"
-    name, resolution, precision, counts = (TOY, 128, "no", (4, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (32, 192))
+    name, resolution, precision, counts = (TOY, 128, "no", (4, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (32, 512))
     if not args.toy:
         make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
     model = Model(str(name), None, None if args.toy else "fp16")
@@ -103,23 +102,18 @@ def main():
     results["vae_alone"] = vae_alone(model, precision, resolution, device, 1 if args.toy else 6)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    # Two sizes of data: what loading and warming up cost falls out of the difference.
-    took = []
-    for count in counts:
-        flags = [
-            "--output_dir",
-            work / f"run{count}",
-            "--pretrained_model_name_or_path",
-            name,
-            "--train_data_dir",
-            work / str(count),
-        ]
-        flags += ["--resolution", resolution, "--mixed_precision", precision]
+        torch.cuda.reset_peak_memory_stats()
+    # Two sizes of data, the first one once more to warm up: what loading costs falls out of the difference.
+    took = {}
+    for run, count in enumerate((counts[0], *counts)):
+        flags = ["--output_dir", work / f"run{run}", "--pretrained_model_name_or_path", name, "--train_data_dir", work / str(count)]
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "data.precompute", *map(str, flags)], check=True, stderr=subprocess.DEVNULL)
-        took.append(time.perf_counter() - began)
-    results["precompute"] = (counts[1] - counts[0]) / (took[1] - took[0])
-    results["precompute_seconds"] = dict(zip(map(str, counts), took))
+        precompute([*map(str, flags), "--resolution", str(resolution), "--mixed_precision", precision])
+        took[count] = time.perf_counter() - began
+    results["precompute"] = (counts[1] - counts[0]) / (took[counts[1]] - took[counts[0]])
+    results["precompute_seconds"] = took
+    if device.type == "cuda":
+        results["precompute_peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
     results["times_one_at_a_time"] = results["precompute"] / results["one_at_a_time"]
     results["share_of_vae_alone"] = results["precompute"] / max(results["vae_alone"].values())
     (args.out / "precompute.json").write_text(json.dumps(results, indent=1))
