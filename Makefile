@@ -55,11 +55,12 @@ compare: setup
 	$(PYTHON) -m infer --output_dir $(RUN) $($(PRESET).compare) $(ARGS)
 	$($(PRESET).after)
 
-check:  ## is the machine fit? Then the whole line on two pictures, one step, two sampler steps; nothing of it stays
+check:  ## is the machine fit, and what is to do? Then the whole line on two pictures; nothing of it stays
 check: setup
 	$(PYTHON) -m data.check $(RUN)
 	rm -rf $(RUN)/check
 	$($(PRESET).before)
+	$(PYTHON) -m data.precompute --output_dir $(RUN) $($(PRESET).precompute) --explain
 	$(PYTHON) -m data.precompute --output_dir $(RUN)/check $($(PRESET).precompute) --max_train_samples 2
 	$(PYTHON) -m train --output_dir $(RUN)/check $($(PRESET).train) --max_train_steps 1
 	$(PYTHON) -m infer --output_dir $(RUN)/check --prompt "a red house in the forest" --num_inference_steps 2

@@ -5,8 +5,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -91,10 +89,8 @@ def main(argv):
     folder = Path(argv[0] if argv else ".").absolute()
     print("packages:", ", ".join(f"{name} {version}" for name, version in packages().items()))
     print(gpu())
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(f"memory: {memory / 2**30:.1f} GiB free beside what the system keeps of files")
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    print(f"disk: {shutil.disk_usage(there).free / 2**30:.1f} GiB free in {there}", flush=True)
+    print(f"memory: {safe.free_memory() / 2**30:.1f} GiB free")
+    print(f"disk: {safe.free_space(folder) / 2**30:.1f} GiB free for {folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import UserError, sha256_file
+from data.safe import UserError, need_memory, sha256_file
 
 # Parts that have weights, and their files' stem as diffusers and transformers name it.
 STEMS = {
@@ -113,7 +113,10 @@ def load(kind, part, dtype, device, prepare=None):
     weights = {}
     try:
         for file in _weights(part.folder, part.variant):
-            weights.update({name: tensor.to(dtype) for name, tensor in load_file(file).items()})
+            weights |= load_file(file)
+        copied = sum(tensor.numel() for tensor in weights.values() if device.type == "cpu" or tensor.dtype != dtype)
+        need_memory(copied * dtype.itemsize, f"{part.folder}: to load its weights")
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).split("\n")[-1].strip()

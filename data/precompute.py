@@ -45,6 +45,7 @@ def precompute(settings, folder, pool):
     making = Making(settings, folder, pool)
     which, why = making.changes()
     print(f"{which} to encode: {why}; {making.bytes() / 2**20:,.0f} MiB in {folder}", flush=True)
+    safe.need_space(folder, making.bytes(), "the cache")
     if settings.explain:
         return
     began = time.perf_counter()
@@ -103,7 +104,6 @@ class Making:
     def encode_captions(self):
         self.stop = safe.Signals()  # until here there is nothing to save
         self.folder.mkdir(exist_ok=True)
-        safe.need_space(self.folder, self.bytes(), "the cache")
         if not len(self.new_captions) and not len(self.blank):
             return
         self.texts.load(self.device)

@@ -65,7 +65,7 @@ def run(main, argv):
         where, free = "", ""
         if error.filename:
             where = f" {error.filename}"
-            free = f", {shutil.disk_usage(Path(error.filename).parent).free / 2**20:.0f} MiB are free there"
+            free = f", {free_space(Path(error.filename).parent) / 2**20:.0f} MiB are free there"
         sys.exit(_report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3))
     finally:
         for signum, handler in before.items():
@@ -189,11 +189,30 @@ def is_text(string):
     return string.encode("utf-8", "replace").decode() == string
 
 
+def free_space(folder):
+    """Bytes free where `folder` is or will be."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
 def need_space(folder, needed, what):
     """Raise MachineError when `folder`'s disk has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if needed > free:
         raise MachineError(f"{what} needs {needed / 2**20:.0f} MiB in {folder}, where {free / 2**20:.0f} MiB are free")
+
+
+def free_memory():
+    """Bytes of RAM that programs can still have."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def need_memory(needed, what):
+    """Raise MachineError when less than `needed` bytes of RAM can be had: Linux ends who takes more, without a word."""
+    free = free_memory()
+    if needed > free:
+        raise MachineError(f"{what} needs {needed / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} are free; end other programs")
 
 
 def sha256_file(path):

@@ -80,6 +80,6 @@ def test_what_a_run_will_save_is_at_least_what_it_saved(run, tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_command_says_what_the_machine_is(tmp_path):
     output = command("data.check", tmp_path / "not" / "there" / "yet")
-    for word in ("packages: torch", "GPU: ", "memory: ", "disk: ", f"GiB free in {tmp_path}"):
+    for word in ("packages: torch", "GPU: ", "memory: ", "disk: ", f"GiB free for {tmp_path}"):
         assert word in output
     assert not (tmp_path / "not").exists()

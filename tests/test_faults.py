@@ -453,12 +453,13 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_anything_is_encoded(pictures, disk, log):
+@pytest.mark.parametrize("how", [[], ["--explain"]])
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_encoded(how, pictures, disk, log):
     """Found out after eight hours of encoding is what it must not be."""
     run = disk("size=2m") / "run"
-    message = refused(precomputer(run, pictures, log, "--resolution", 1024), 3)
+    message = refused(precomputer(run, pictures, log, "--resolution", 1024, *how), 3)
     assert [int(n) for n in re.findall(r"(\d+) MiB", message)] == [2, 2] and str(run / "cache") in message, message
-    assert "captions:" not in log.read_text() and not list((run / "cache").iterdir())
+    assert "captions:" not in log.read_text() and not (run / "cache").exists()
 
 
 FULL = {  # what does not fit any more -> (free pages, of S the state's and W the weights'; states that are there then)

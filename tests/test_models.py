@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from data.models import Model, load
-from data.safe import UserError
+from data.safe import MachineError, UserError, free_memory
 
 
 @pytest.fixture
@@ -73,6 +73,17 @@ def test_weights_that_do_not_fit_are_refused(model):
     save_file(tensors, weights(model))
     with pytest.raises(UserError, match="unet: its weights are damaged or do not fit.*conv_in.weight"):
         load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
+
+
+def test_a_machine_with_too_little_memory_is_told_before_it_is_taken(model, monkeypatch):
+    """Linux would end the process with a 137 and no word."""
+    size = sum(tensor.numel() * 4 for tensor in load_file(weights(model)).values())
+    monkeypatch.setattr("data.safe.free_memory", lambda: size - 1)
+    with pytest.raises(MachineError, match="unet: to load its weights needs 0.0 GiB of RAM, 0.0 are free; end other programs"):
+        load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
+    load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float16, torch.device("cpu"))  # half of it is enough
+    monkeypatch.undo()
+    assert 2**26 < free_memory() < 2**50
 
 
 def test_what_is_missing_is_named(model):
