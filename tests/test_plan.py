@@ -4,10 +4,12 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import command, here, settings
+from conftest import ROOT, command, here, one_line_error, settings
 from test_loop import TRAIN
 
 from data.safe import MachineError
@@ -138,6 +140,18 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.BESIDE, rel=0.05)
     assert peak(made, everything) - plan.BESIDE > 1.2 * (peak(made, set()) - plan.BESIDE)  # else the agreement would say nothing
     assert "0 of" in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_less_memory_than_it_says_exits_3_with_the_knobs(cached, tmp_path):
+    """Another program took what the plan counted on."""
+    shutil.copytree(cached, tmp_path / "run")
+    code = "import sys, torch; torch.cuda.set_per_process_memory_fraction(2**25 / torch.cuda.mem_get_info()[1]); "
+    code += "from data import safe; from train.__main__ import main; safe.run(main, sys.argv[1:])"
+    words = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run"), *map(str, TRAIN)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr
+    assert "the GPU is out of memory: use a smaller --vram_gib" in one_line_error(ended.stderr)
 
 
 @pytest.mark.gpu
