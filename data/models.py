@@ -114,7 +114,7 @@ def load(kind, part, dtype, device, prepare=None):
     try:
         for file in _weights(part.folder, part.variant):
             weights |= load_file(file)
-        copied = sum(tensor.numel() for tensor in weights.values() if device.type == "cpu" or tensor.dtype != dtype)
+        copied = sum(tensor.numel() for tensor in weights.values() if torch.device(device).type == "cpu" or tensor.dtype != dtype)
         need_memory(copied * dtype.itemsize, f"{part.folder}: to load its weights")
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)

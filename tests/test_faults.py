@@ -491,6 +491,7 @@ def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fres
     same_run(folder, run.folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_had_just_enough_room_goes_on_after_a_kill(fresh, run, disk, log):
     """Its own states and weights fill the disk; what they take is not needed twice."""
     folder = disk("size=16m") / "run"
@@ -506,6 +507,7 @@ def test_a_run_that_had_just_enough_room_goes_on_after_a_kill(fresh, run, disk, 
     same_run(folder, run.folder)
 
 
+@pytest.mark.slow
 def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log, monkeypatch):
     """Some space freed a moment later, the index says "caption -1" for the rows whose keys are lost: the last one's, silently."""
     count, noise = 130, np.random.default_rng(0)  # more keys than a page holds
