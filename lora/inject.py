@@ -1,7 +1,8 @@
 """READ 2. Where the updates go: every attention projection of the UNet, everything else frozen.
 
 In SDXL these are to_q, to_k, to_v and to_out.0 of 140 attentions: 560 projections, 1,451,520 × rank trainable numbers.
-Those of one input stand side by side in one layer: to_qkv of a self-attention, to_kv of a cross-attention.
+Those of one input stand side by side in one layer (lora/attention.py): a self-attention's to_q, to_k, to_v in to_qkv, a
+cross-attention's to_k, to_v in to_kv.
 """
 
 import math
@@ -20,11 +21,13 @@ ALIGN = 256  # elements: bitsandbytes quantises optimizer state in blocks of 256
 class Adapters:
     """The adapted layers of one UNet, and all their numbers as one flat fp32 vector.
 
-    layers     {name in the UNet: LoRALinear}, in the UNet's order
-    vector     nn.Parameter (n,) fp32: what is stepped, clipped, saved and reduced over GPUs, one kernel each, where 1,120
-               small tensors would cost 1,120 launches; its gradient is `vector.grad`
-    parameters every layer's A and B, in the order of `vector`: copies of it in the layers' dtype, which `refresh` renews.
-               An fp16 weight of 1.0 cannot take a step of 1e-4; the vector can.
+    fp32, trained      vector, vector.grad               masters: views of the vector in the shapes of A and B
+                       refresh ↓   ↑ add_gradients
+    the base's dtype   copies of both, flat as well      parameters: every layer's A and B, views of the copy
+
+    One vector is stepped, clipped and saved by one kernel each, where 1,120 small tensors would cost 1,120 launches. The
+    copies are what layers compute with; an fp16 weight of 1.0 cannot take a step of 1e-4, the vector can.
+    layers: {name in the UNet: LoRALinear}, in the UNet's order.
     """
 
     def __init__(self, layers, rank, alpha):
@@ -125,6 +128,6 @@ def _bases(unet):
 
 
 def _projections(name):
-    """Names of the projections that the layer `name` computes."""
+    """Names of the projections that the layer `name` computes: x.to_kv -> x.to_k, x.to_v; x.to_q itself."""
     parent, _, last = name.rpartition(".")
     return [f"{parent}.{part}" for part in SIDE_BY_SIDE.get(last, (last,))]

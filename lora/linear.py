@@ -1,9 +1,9 @@
 """READ 1. A linear layer with a low-rank update beside it.
 
-    y = W x + b + (alpha / rank) · B (A x)          LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3
+    y = W x + b + scale · (alpha / rank) · B (A x)          LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685, eq. 3
 
 W and b are frozen, of any dtype, possibly quantised: only their output is used. A and B are what training changes.
-With out × in weights in W, the update has rank × (in + out): 0.05 million in place of 1.6 for SDXL's 1280 × 1280 at rank 20.
+With out × in weights in W, the update has rank × (in + out): 0.08 million in place of 1.6 for SDXL's 1280 × 1280 at rank 32.
 
 The products with A and B are so thin that a GPU spends its time on starting them. So there are as few as can be, and their
 gradients are written out by hand: nothing is added or scaled in a kernel of its own.
@@ -19,7 +19,7 @@ class LoRALinear(nn.Module):
     Args:
         base: nn.Linear or anything with its attributes `in_features`, `out_features` and a forward; frozen here.
         rank: r, inner size of the update.
-        alpha: the update is scaled by alpha / rank, so that changing the rank does not change the size of a step.
+        alpha: the update is scaled by alpha / rank; the rank itself, the usual choice, leaves it as it is.
         generator: for A's first values; drawn on the CPU, so that they are the same on every device.
         parts: P, how many projections of one input `base` computes side by side, as q, k and v; each has its own update.
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """W += (alpha / rank) B A, and the plain base layer back. One way: in fp16, (W + d) - d changes 2 % of the weights."""
+        """W += (alpha / rank) B A, and the plain base layer back. One way: W + d is rounded, and less d not W any more."""
         if not self.base.weight.is_floating_point():
             raise TypeError(f"cannot merge into {self.base.weight.dtype} weights; load the base unquantised")
         self.base.weight.copy_((self.base.weight.float() + self.delta()).to(self.base.weight.dtype))
@@ -66,14 +66,16 @@ class LoRALinear(nn.Module):
 
 
 class _Down(torch.autograd.Function):
-    """x (N, in), A (P·r, in) -> x for the base, and h = x Aᵀ (N, P·r).
+    """x (N, in), A (P·r, in) -> x again, and h = x Aᵀ (N, P·r).
 
-    Backward: x gets the base's gradient, and A's part is added into the same memory by the product itself.
+    The base reads the x that comes out, so that its gradient dx passes here, and what A adds to it goes into the same memory:
+    dx + dh A for x, dhᵀ x for A. Autograd alone would make two tensors, and a third for their sum.
     """
 
     @staticmethod
     def forward(ctx, x, A):
         ctx.save_for_backward(x, A)
+        ctx.set_materialize_grads(False)  # no zeros in place of a dx that nobody computes
         same = x.view_as(x)
         if not ctx.needs_input_grad[0]:  # text, which nothing trainable comes before: the base needs no backward either
             ctx.mark_non_differentiable(same)
@@ -86,7 +88,10 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """y (N, out), h (N, P·r), B (P, out/P, r) -> y_p + scaling · h_p B_pᵀ for each part p, in y's own memory."""
+    """y (N, out), h (N, P·r), B (P, out/P, r) -> y_p + scaling · h_p B_pᵀ for each part p, in y's own memory.
+
+    Backward: dy stays as it is for y, scaling · dy_p B_p for h_p, scaling · dy_pᵀ h_p for B_p.
+    """
 
     @staticmethod
     def forward(ctx, y, h, B, scaling):

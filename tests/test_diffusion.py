@@ -43,10 +43,16 @@ def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise():
     torch.testing.assert_close(rescaled[0], plain[0])
 
 
-@pytest.mark.parametrize("change", [dict(beta_schedule="squaredcos_cap_v2"), dict(trained_betas=[0.1, 0.2])])
-def test_a_schedule_that_is_not_known_is_refused(change):
-    with pytest.raises(UserError, match="noise schedule"):
-        diffusion.noise_schedule({**SDXL, **change})
+SIGMAS = dict(num_train_timesteps=1000, sigma_min=0.002, sigma_max=80.0)  # EDM's: no betas at all
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [(SDXL | dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"), (SDXL | dict(trained_betas=[0.1]), "trained_betas"), (SIGMAS, "None")],
+)
+def test_a_schedule_that_is_not_known_is_refused(config, name):
+    with pytest.raises(UserError, match=f"noise schedule {name} is none of scaled_linear, linear"):
+        diffusion.noise_schedule(config)
 
 
 def test_a_prediction_type_that_is_not_known_is_refused():
@@ -72,6 +78,13 @@ def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(predicts, gamm
     errors = ((clean - recovered) ** 2).mean((1, 2, 3)) * np.minimum(a / (1 - a), gamma).ravel()
     ours = [diffusion.loss(guess[i : i + 1], wanted[i : i + 1], weight[i : i + 1]).item() for i in range(len(t))]
     np.testing.assert_allclose(ours, errors, rtol=2e-3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_min_snr_is_finite_where_nothing_of_the_picture_is_left(predicts):
+    """At zero terminal SNR's last step, min(0, gamma) / 0."""
+    weight = diffusion.loss_weight(torch.tensor([999]), diffusion.noise_schedule(CONFIGS["zero terminal snr"]), predicts, 5.0)
+    assert weight == (1 if predicts == "epsilon" else 0)
 
 
 def test_without_gamma_every_sample_weighs_one():

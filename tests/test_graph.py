@@ -28,13 +28,38 @@ def test_a_recorded_function_reads_each_batch_and_adds_once_a_call():
         total.add_((x + y).reshape(-1, 3).sum(0))
         return (x * y).sum()
 
-    run, expected = Graphed(add, torch.device("cuda"), [total]), torch.zeros(3)
-    for shape in ((3,), (2, 3), (3,), (2, 3)):  # two shapes in turns, one memory
+    shapes, expected = [(2, 3), (3,)], torch.zeros(3)
+    run = Graphed(add, torch.device("cuda"), [total], [dict(x=torch.randn(shape), y=torch.randn(shape)) for shape in shapes])
+    for shape in shapes * 2:  # two shapes in turns, one memory
         x, y = torch.randn(shape), torch.randn(shape)
         expected += (x + y).reshape(-1, 3).sum(0)
         assert run(dict(x=x, y=y)).item() == pytest.approx((x * y).sum().item(), rel=1e-5, abs=1e-5)
         torch.testing.assert_close(total.cpu(), expected)
     assert len(run.recorded) == 2
+
+
+@pytest.mark.gpu
+def test_more_shapes_take_no_more_memory():
+    """Each with its own, a second bucket would not fit where the plan fills the GPU with the first."""
+    from train.graph import Graphed
+
+    def work(x):
+        kept = [x.sin() for _ in range(8)]  # as activations are, until the end
+        return sum((part * part).sum() for part in kept)
+
+    def reserved(*sides):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        run = Graphed(work, torch.device("cuda"), [], [dict(x=torch.randn(4096, side)) for side in sides])
+        for side in sides:
+            x = torch.randn(4096, side)
+            assert run(dict(x=x)).item() == pytest.approx(8 * x.double().sin().square().sum().item(), rel=1e-3)
+        return torch.cuda.max_memory_reserved() - before
+
+    inputs = 4 * 4096 * (4000 + 3800 + 3000)
+    assert reserved(4096, 4000, 3800, 3000) < 1.15 * reserved(4096) + inputs
 
 
 def metrics(run):

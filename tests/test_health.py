@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import inject_filled, unet_inputs
 from torch import nn
 
 from data.safe import NumbersError
@@ -70,3 +71,12 @@ def test_the_first_module_with_an_output_that_is_not_finite_is_named():
         model["first"].bias[1] = torch.nan
     assert first_not_finite(model, run) == "first"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_a_layer_makes_of_its_parts_is_the_layers(unet):
+    """LoRA's sum is the output of neither the base nor of A and B: the next module would be blamed."""
+    adapters, (args, kwargs) = inject_filled(unet), unet_inputs()
+    name, layer = list(adapters.layers.items())[5]
+    with torch.no_grad():
+        layer.B[0, 0] = torch.inf
+    assert first_not_finite(unet, lambda: unet(*args, **kwargs)) == name

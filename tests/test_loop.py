@@ -363,7 +363,7 @@ def test_an_overflow_is_skipped_halved_and_recovered_from(fresh, loss_scale):
     train(fresh, *FP16, "--max_train_steps", 10, "--learning_rate", 1e-4)
     scale, in_a_row, taken = 2.0**24, 0, 0
     for m in metrics(fresh):
-        skipped = not np.isfinite(m["grad_norm"])
+        skipped = m["grad_norm"] is None
         scale, in_a_row, taken = (scale / 2, in_a_row + 1, taken) if skipped else (scale, 0, taken + 1)
         assert (m["loss_scale"], m["overflows"]) == (scale, in_a_row)
     assert 1 <= taken < 10

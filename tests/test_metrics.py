@@ -1,7 +1,9 @@
 """metrics.jsonl: each step once, whatever happened in between."""
 
 import json
+import math
 
+import pytest
 import torch
 
 from train.metrics import Metrics
@@ -41,6 +43,14 @@ def test_a_line_says_what_it_promises(tmp_path):
     assert line["loss"] == 0.5 and line["lr"] == 1e-4 and line["grad_norm"] == 1.0
     assert line["images_per_s"] > 0 and line["s_per_step"] > 0 and line["peak_gib"] > 0.01
     assert abs(line["images_per_s"] * line["s_per_step"] - 4) < 1e-6
+
+
+def test_an_overflow_is_null_and_the_line_strict_json(tmp_path):
+    """Python reads its own Infinity; jq, JavaScript and pandas do not."""
+    with Metrics(tmp_path / "m", 0, 10, torch.device("cpu")) as metrics:
+        metrics.log(1, 4, loss=0.5, lr=1e-4, grad_norm=math.inf)
+    line = json.loads((tmp_path / "m").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert line["grad_norm"] is None and line["loss"] == 0.5
 
 
 def test_a_line_that_is_no_json_is_dropped(tmp_path):

@@ -118,7 +118,7 @@ def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
 @pytest.mark.gpu
 def test_the_predicted_peak_is_the_runs(cached, capfd):
     """Of all, half and no blocks recomputed, on a batch large enough to matter; the eager run, in bytes that are in use."""
-    from train.batches import draw, largest
+    from train.batches import draw, every_shape
     from train.loop import setup
 
     values = settings("train", output_dir=str(cached), train_batch_size=64, rank=4, no_cuda_graph=True)
@@ -131,7 +131,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         plan.measure = real
     made = seen[0]
     everything = set(range(len(made)))
-    batch = draw(run.cache, values, run.signal, 0, 0) | largest(run.cache, values, run.signal)
+    batch = draw(run.cache, values, run.signal, 0, 0) | every_shape(run.cache, values, run.signal)[0]
     for kept in (set(), set(range(0, len(made), 2)), everything):
         plan.recompute(run.unet, [b.name for i, b in enumerate(made) if i not in kept])
         run.micro_step(batch)

@@ -15,7 +15,7 @@ from data.buckets import sizes
 from data.cache import Cache
 from data.encoders import VAE
 from data.images import read_rgb
-from train.batches import chosen
+from train.batches import chosen, draw, every_shape
 
 MIXED = 60
 RESOLUTION = 128
@@ -118,6 +118,16 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
 
 
 @pytest.mark.slow
+def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
+    """Memory is planned for the first of them and a graph recorded for each: one left out ends the run when it comes."""
+    cache, values, signal = Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), torch.ones(1000)
+    samples = every_shape(cache, values, signal)
+    drawn = [draw(cache, values, signal, step, 0) for step in range(60)]
+    facts = [[[(name, part.shape, part.dtype) for name, part in sorted(batch.items())] for batch in some] for some in (samples, drawn)]
+    assert all(one in facts[0] for one in facts[1]) and all(one in facts[1] for one in facts[0]) and len(samples) == len(SHAPES)
+    assert samples[0]["x0"].shape == samples[0]["eps"].shape == (3, 4, 16, 16)
+
+
 def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     """Three steps of two sizes or more, in one run and in three."""
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)

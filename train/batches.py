@@ -45,10 +45,12 @@ def draw(cache, settings, signal, step, slot):
     return batch
 
 
-def largest(cache, settings, signal):
-    """A micro-batch of the largest shape, of random numbers: what the memory is planned for."""
-    batch, shape = draw(cache, settings, signal, 0, 0), max((shape[1:] for shape in cache.manifest["moments_shapes"]), key=math.prod)
-    return batch | {name: torch.randn(settings.train_batch_size, *shape) for name in ("x0", "eps")}
+def every_shape(cache, settings, signal):
+    """A micro-batch of each shape that will be drawn, of random numbers, the largest first."""
+    batch = draw(cache, settings, signal, 0, 0)
+    shapes = [shape[1:] for shape, members in zip(cache.manifest["moments_shapes"], cache.members) if len(members)]
+    shapes.sort(key=math.prod, reverse=True)
+    return [batch | {name: torch.randn(settings.train_batch_size, *shape) for name in ("x0", "eps")} for shape in shapes]
 
 
 def chosen(cache, settings, step, slot):

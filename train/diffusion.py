@@ -1,6 +1,7 @@
 """READ 3. The diffusion half of the method: pure functions of tensors.
 
-Shapes: B batch, C h w latent channels and size, t timestep, x0 clean latent, xt noisy latent, eps noise.
+Shapes: B images in a batch, C h w latent channels and size. t timestep, x0 clean latent, eps noise, xt noisy latent;
+signal ᾱ, the share of xt's variance that is x0's.
 """
 
 import torch
@@ -13,10 +14,11 @@ def noise_schedule(config):
 
     SDXL: "scaled_linear", β from 0.00085 to 0.012 over T = 1000. Raises UserError for a schedule not known here.
     """
+    schedule = "trained_betas" if config.get("trained_betas") is not None else config.get("beta_schedule")
+    if schedule not in ("scaled_linear", "linear"):
+        raise UserError(f"the model's noise schedule {schedule} is none of scaled_linear, linear")
     T, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    if config.get("trained_betas") is not None or config["beta_schedule"] not in ("scaled_linear", "linear"):
-        raise UserError(f"the model's noise schedule {config['beta_schedule']} is none of scaled_linear, linear")
-    if config["beta_schedule"] == "scaled_linear":
+    if schedule == "scaled_linear":
         betas = torch.linspace(first**0.5, last**0.5, T) ** 2
     else:
         betas = torch.linspace(first, last, T)
@@ -52,13 +54,15 @@ def target(x0, eps, t, signal, prediction_type):
 def loss_weight(t, signal, prediction_type, snr_gamma):
     """Weight (B,) of each sample's loss: 1, or with a gamma min-SNR's (Hang et al. 2023, eq. 9).
 
-    snr = ᾱ_t / (1 - ᾱ_t); min(snr, gamma) is divided by snr for eps and by snr + 1 for v, whose squared errors are
-    those factors larger than x0's.
+    With snr = ᾱ_t / (1 - ᾱ_t), the paper weighs the squared error of x0 by min(snr, gamma). For the same xt
+    |x0' - x0|² = |eps' - eps|² / snr = |v' - v|² / (snr + 1).
     """
     if snr_gamma is None:
         return torch.ones_like(signal[t])
     snr = signal[t] / (1 - signal[t])
-    return snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    if prediction_type == "epsilon":
+        return (snr_gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
+    return snr.clamp(max=snr_gamma) / (snr + 1)
 
 
 def loss(prediction, wanted, weight):

@@ -44,8 +44,8 @@ def first_not_finite(model, run):
         if not found and torch.is_tensor(tensor) and not tensor.isfinite().all():
             found.append(name)
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
-    hooks = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, module in leaves]
+    # all modules: an inner one is done before the one around it, and what LoRA, GEGLU and group norm make is no leaf's output
+    hooks = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, module in model.named_modules()]
     try:
         run()
     finally:

@@ -21,7 +21,7 @@ from data.safe import Signals, Stopped, UserError
 from lora.files import export
 from lora.inject import fuse_projections, inject
 from train import diffusion, graph, plan
-from train.batches import batches, chosen, draw, largest
+from train.batches import batches, chosen, draw, every_shape
 from train.health import Health, first_not_finite
 from train.metrics import Metrics
 from train.state import read_state, restore, save_state
@@ -79,10 +79,10 @@ def setup(settings, run):
     check.optimizer(settings)
     identity = dict(asdict(settings), base=base.public_name(), cache=cache.manifest["content"])
     state = read_state(run / "state", identity)
+    scheduler = base.part("scheduler").config("scheduler_config.json")
+    signal, predicts = diffusion.noise_schedule(scheduler), scheduler.get("prediction_type", "epsilon")
     unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
     adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
-    scheduler = base.part("scheduler").config("scheduler_config.json")
-    signal, predicts = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
     optimizer = make_optimizer(adapters, settings)
     # fp16 ends at 6e-8: gradients are computed of a scaled loss, and the scale found by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
@@ -99,15 +99,16 @@ def setup(settings, run):
         return loss.detach()
 
     eager = graph.Eager(micro_step, device)
+    samples = every_shape(cache, settings, signal)
+    # what a new optimizer allocates in its first step; one that was restored has it
     optimizer_bytes = 0 if start else adapters.vector.numel() * (2 if settings.use_8bit_adam else 8)
-
-    def measured():
-        return eager(largest(cache, settings, signal))
-
-    memory_plan = plan.make(settings, unet, measured, device, optimizer_bytes, memory_plan)
+    memory_plan = plan.make(settings, unet, partial(eager, samples[0]), device, optimizer_bytes, memory_plan)
     plan.recompute(unet, memory_plan["recomputed"])
-    adapters.refresh()
-    graphed = device.type == "cuda" and not settings.no_cuda_graph
+    adapters.refresh()  # measuring added a gradient
+    if device.type == "cuda" and not settings.no_cuda_graph:
+        step = graph.Graphed(micro_step, device, [adapters.vector.grad], samples)
+    else:
+        step = eager
     return SimpleNamespace(
         cache=cache,
         device=device,
@@ -122,7 +123,7 @@ def setup(settings, run):
         memory_plan=memory_plan,
         forward=graph.Eager(forward, device),
         batches=batches(cache, settings, signal, start),
-        micro_step=graph.Graphed(micro_step, device, [adapters.vector.grad]) if graphed else eager,
+        micro_step=step,
     )
 
 
@@ -135,9 +136,11 @@ def loss_of(settings, unet, signal, predicts, dtype, *, x0, eps, t, text, pooled
     return diffusion.loss(prediction, wanted, diffusion.loss_weight(t, signal, predicts, settings.snr_gamma))
 
 
-@torch.no_grad()  # the recorded graph holds the memory that a backward would need
+@torch.no_grad()
 def describe(r, settings, step):
-    """What a step trained on and where its numbers went wrong, for messages: every slot is drawn and its forward run again."""
+    """What a step trained on and where its numbers went wrong: every slot is drawn and its forward run again. The run ends here."""
+    r.micro_step = None  # what is recorded holds the memory that the forwards need
+    torch.cuda.empty_cache()
     told, culprit = [], None
     for slot in range(settings.gradient_accumulation_steps):
         batch = draw(r.cache, settings, r.signal, step, slot)

@@ -29,6 +29,7 @@ class Metrics:
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
         line = dict(step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device))
+        line = {name: number if math.isfinite(number) else None for name, number in line.items()}  # JSON has no infinity
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
