@@ -12,6 +12,8 @@ size changed has another key, so it cannot be taken for what it is not.
 """
 
 import errno
+import hashlib
+import io
 import json
 import math
 import mmap
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.safe import MachineError, UserError, atomic_write, naming
+from data.safe import MachineError, UserError, atomic_write, naming, sha256_file
 
 VERSION = 2
 COMMIT_SECONDS = 1  # what a killed writer has to do again at most
@@ -154,17 +156,19 @@ class Rows:
 
 def write_index(folder, index, names, manifest):
     """Commit a cache: the index, the names, and last of all the manifest. Without changes, nothing is written."""
-    folder = Path(folder)
-    text = json.dumps({"version": VERSION, **manifest}, indent=1)
+    folder, npy = Path(folder), io.BytesIO()
+    np.save(npy, index)
+    files = {"index.npy": npy.getvalue(), "names.txt": "".join(name + "\n" for name in names).encode()}
+    digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
+    manifest = {"version": VERSION, **manifest, "files": digests}
+    text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
     path = folder / "manifest.json"
-    before = read_index(folder)
-    if before and path.read_text() == text and before[0].tobytes() == index.tobytes() and before[1] == names:
+    if read_index(folder) and path.read_text() == text:
         return
     path.unlink(missing_ok=True)  # it describes the index that is replaced now
-    with atomic_write(folder / "index.npy") as file:
-        np.save(file, index)
-    with atomic_write(folder / "names.txt", "w") as file:
-        file.writelines(name + "\n" for name in names)
+    for name, blob in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(blob)
     with atomic_write(path, "w") as file:
         file.write(text)
 
@@ -172,10 +176,9 @@ def write_index(folder, index, names, manifest):
 def read_index(folder):
     """(index, names of the examples) of a finished cache, None where there is none that can be read."""
     try:
-        read_manifest(folder)
-        names = (Path(folder) / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        return np.load(Path(folder) / "index.npy"), names
-    except (UserError, OSError, ValueError):
+        manifest = read_manifest(folder)
+        return np.load(_whole(folder, manifest, "index.npy")), _names(folder, manifest)
+    except UserError:
         return None
 
 
@@ -183,16 +186,35 @@ def read_manifest(folder):
     """The manifest of a finished cache. Raises UserError saying which command makes one."""
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
+        whole = manifest.pop("checksum") == _checksum(manifest)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}"
         ) from None
-    except ValueError:
-        raise UserError(f"{path}: damaged; run python -m data.precompute again") from None
-    if manifest.get("version") != VERSION:
+    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or of another shape
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged; run python -m data.precompute again, it repairs it")
+    if manifest["version"] != VERSION:
         raise UserError(f"{path}: written by another version; delete {folder} and run precompute again")
     return manifest
+
+
+def _checksum(manifest):
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _whole(folder, manifest, name):
+    """Path of one of the cache's files. Raises UserError when it is not the one that the manifest was written with."""
+    path = Path(folder) / name
+    if not path.is_file() or sha256_file(path) != manifest["files"][name]:
+        raise UserError(f"{path}: not there or damaged; run python -m data.precompute again, it repairs it")
+    return path
+
+
+def _names(folder, manifest):
+    return _whole(folder, manifest, "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
 
 
 class Cache:
@@ -204,10 +226,7 @@ class Cache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        try:
-            self.index = np.load(self.folder / "index.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / 'index.npy'}: not there or damaged ({error}); run precompute again") from None
+        self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
         self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
@@ -222,10 +241,8 @@ class Cache:
 
     def names(self, examples):
         """What the examples are called, for messages."""
-        wanted = set(examples)
-        with open(self.folder / "names.txt", encoding="utf-8") as file:
-            lines = {i: line.rstrip("\n") for i, line in enumerate(file) if i in wanted}
-        return [lines[i] for i in examples]
+        names = _names(self.folder, self.manifest)
+        return [names[i] for i in examples]
 
     def batch(self, examples, mirrored, empty):
         """The arrays of B examples of one size, fresh copies.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.images import read_rgb
-from data.safe import UserError, is_text
+from data.safe import DISK_ERRORS, UserError, is_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -91,7 +91,9 @@ def _dataset(flag, name, image_column, caption_column):
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except IndexError:  # how datasets answers a saved dataset of no rows
         return None, 0
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a dataset that is a script
+        if getattr(error.__cause__ or error, "errno", None) in DISK_ERRORS:
+            raise error.__cause__ or error
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{flag}: {reason or type(error).__name__}") from None
     if isinstance(loaded, dict):
@@ -104,7 +106,7 @@ def _dataset(flag, name, image_column, caption_column):
     if not len(loaded):  # what follows fails on it inside datasets
         return None, 0
     try:  # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
-        rows = loaded.cast_column(image_column, datasets.Image(decode=False))
+        rows = loaded.select_columns([image_column, caption_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"--image_column {image_column}: holds no images ({str(error).splitlines()[0]})") from None
 
@@ -137,14 +139,16 @@ def _table(table, caption_column):
     paths, captions = [], []
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file):
+            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file, strict=True):
+                if None in line:  # what csv does with more fields than there are columns
+                    raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
                 paths.append(str(table.parent / line["file_name"]))
                 captions.append(line[caption_column])
     except KeyError as error:
         column = error.args[0]
         owner = f"--caption_column {column}" if column == caption_column else column
         raise UserError(f"{owner}: not in row {len(captions)} of {table}, which has {', '.join(map(str, line))}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{table}, row {len(captions)}: {error}") from None
     gone = [path for path in paths if not os.path.isfile(path)]
     if gone:
@@ -164,6 +168,6 @@ def _text_beside(path):
     if not text.is_file():
         raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
     try:
-        return text.read_text(encoding="utf-8").strip()
+        return text.read_text(encoding="utf-8-sig").strip()
     except ValueError as error:
         raise UserError(f"{text}: {error}; save it as UTF-8") from None

@@ -6,6 +6,7 @@ Both are described by their files first (shapes, fingerprint) and loaded only wh
 import collections
 
 import torch
+from safetensors import SafetensorError
 
 from data import fused
 from data.models import load
@@ -38,14 +39,16 @@ class TextEncoders:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.tokenizers = [CLIPTokenizer.from_pretrained(part.folder) for part in self.words]
+        self.tokenizers = [_read(part, CLIPTokenizer) for part in self.words]
         for tokenizer, part in zip(self.tokenizers, self.words):
             if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
                 raise UserError(f"{part.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again")
-        self.encoders = [
-            kind.from_pretrained(part.folder, variant=part.variant, dtype=self.dtype).to(device).eval()
-            for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), self.parts)
-        ]
+        self.encoders = []
+        for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), self.parts):
+            encoder, told = _read(part, kind, variant=part.variant, dtype=self.dtype, output_loading_info=True)
+            if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers
+                raise UserError(f"{part.folder}: its weights lack {missing[0]} and {len(missing) - 1} more; download the model again")
+            self.encoders.append(encoder.to(device).eval())
         text, _ = self(["a cat", "two red houses at night"])
         if torch.equal(text[0], text[1]):
             raise UserError(f"{self.name}: its text encoders give the same for every caption; download the model again")
@@ -77,12 +80,24 @@ class TextEncoders:
         return len(self.tokenizers[0](caption).input_ids) > self.text_shape[0]
 
 
+def _read(part, kind, **how):
+    """kind.from_pretrained(part). Raises UserError naming the folder."""
+    try:
+        return kind.from_pretrained(part.folder, **how)
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{part.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})") from error
+
+
 class VAE:
     """The encoder half of the VAE: pixels -> mean and standard deviation of the latent posterior."""
 
     def __init__(self, model, precision):
         self.part = model.part("vae")
         self.config = self.part.config()
+        lacks = [name for name in ("block_out_channels", "latent_channels", "scaling_factor") if name not in self.config]
+        if lacks:
+            raise UserError(f"{self.part.folder / 'config.json'}: no {lacks[0]} in it; a VAE of SDXL's kind is needed")
         self.dtype = DTYPES[precision]
         if self.dtype == torch.float16 and self.config.get("force_upcast", True):
             self.dtype = torch.float32  # SDXL's own VAE overflows in fp16 and its config says so; the fp16-fix one's does not

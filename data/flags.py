@@ -79,7 +79,7 @@ class Infer:
     output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
     prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
     base_model: str | None = flag(None, "hub id or folder; default: the model that the run's cache names")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE; default: the one that the run's cache names")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE; default: the one that the run's cache names, or --base_model's own")
     lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
     negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
     num_inference_steps: int = flag(25, "sampler steps", at_least=1)
@@ -133,6 +133,8 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
+        if word == "" and "prompt" not in f.name:  # a shell's variable that is not set; as a path it is the folder one is in
+            raise UserError(f"--{f.name}: empty")
     if value is None or isinstance(value, (bool, str, list)):
         return
     bounds = f.metadata

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import struct
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.safe import UserError
 
+DAMAGE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, struct.error)
 MAX_PIXELS = 2**28  # a decompression bomb is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first and refuses at twice as much
 
@@ -33,7 +35,7 @@ def upright_size(data, name):
     """(height, width) that read_rgb will give, from the header alone."""
     with _opened(data, name) as image:
         # Pillow turns TIFF files itself and gives their turned size
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
 
 
@@ -46,7 +48,7 @@ def _opened(data, name):
             yield image
     except UnidentifiedImageError:  # its own words hold an address in memory, another one each time
         raise UserError(f"{name}: not a picture that can be read (no known format); replace or remove it") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except DAMAGE as error:
         raise UserError(f"{name}: not a picture that can be read ({error}); replace or remove it") from None
 
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import UserError, need_memory, sha256_file
+from data.safe import DISK_ERRORS, UserError, need_memory, sha256_file
 
 # Parts that have weights, and their files' stem as diffusers and transformers name it.
 STEMS = {
@@ -93,6 +93,8 @@ class Model:
                 f"{self.name}: neither a folder here nor a hub id like stabilityai/stable-diffusion-xl-base-1.0"
             ) from None
         except OSError as error:  # every network, permission and offline error of huggingface_hub is one
+            if error.errno in DISK_ERRORS:
+                raise
             reason = next(iter(str(error).split("\n")), "")
             raise UserError(f"{self.name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}") from None
 

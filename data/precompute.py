@@ -17,8 +17,9 @@ from data import buckets, check, safe
 from data.cache import INDEX, Rows, moments_name, read_index, write_index
 from data.dataset import open_examples
 from data.flags import parse
+from data.images import read_rgb
 from data.models import Model
-from data.survey import ahead, changes, key, missing, survey
+from data.survey import ahead, changes, image_digest, key, missing, survey
 
 CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")  # what a resumed run must find unchanged
 CAPTIONS_AT_ONCE = 16
@@ -153,17 +154,18 @@ class Making:
 
     def _captions_in_batches(self):
         """Yields (keys, encoded captions) of the new ones."""
-        cut = []
+        cut, example = 0, None
         with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
             for batch in batches(self.new_captions, CAPTIONS_AT_ONCE):
                 if self.stop.received:
                     return
                 captions = [self.examples[int(self.rows["number"][i])].caption for i in batch]
-                cut += [caption for caption in captions if self.texts.truncated(caption)]
+                long = [caption for caption in captions if self.texts.truncated(caption)]
+                cut, example = cut + len(long), example or next(iter(long), None)
                 yield self.rows["caption_key"][batch], encode_captions(self.texts, captions)
                 bar.update(len(batch))
         if cut:
-            print(f"{len(cut):,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {cut[0]!r}")
+            print(f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}")
 
     def _pictures_in_batches(self, size, pictures, bar):
         """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
@@ -174,7 +176,10 @@ class Making:
             number, mirrored = picture
             example = self.examples[int(self.rows["number"][number])]
             try:
-                pixels = buckets.resize_and_crop(example.image(), size, example.name)
+                data = example.data()
+                if image_digest(data) != self.rows["image_digest"][number]:
+                    raise safe.UserError(f"{example.name}: changed since precompute began; run it again")
+                pixels = buckets.resize_and_crop(read_rgb(data, example.name), size, example.name)
             except safe.UserError as error:
                 return number, None, error
             return number, self.rows["mirrored_key" if mirrored else "picture_key"][number], pixels[:, ::-1] if mirrored else pixels

@@ -4,6 +4,7 @@ Standard library only, so that any layer may import it and a mistyped flag is an
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -52,15 +53,18 @@ def run(main, argv):
         main(argv)
     except UserError as error:
         sys.exit(_report(error, error.code))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as error:
+        full = _out_of_memory(error)
+        if not full:
             raise
         knobs = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution"
-        sys.exit(_report(f"the GPU is out of memory: {knobs} ({str(error).splitlines()[0]})", 3))
+        sys.exit(_report(f"the {full} is out of memory: {knobs} ({str(error).split(chr(10))[0]})", 3))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; run the same command to go on", 130))
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno == errno.ENAMETOOLONG:  # of a flag's value
+            sys.exit(_report(f"{str(error.filename)[:60]}…: {error.strerror}", 2))
+        if error.errno not in DISK_ERRORS:
             raise
         where, free = "", ""
         if error.filename:
@@ -72,12 +76,19 @@ def run(main, argv):
             signal.signal(signum, handler)
 
 
+def _out_of_memory(error):
+    """What is: "GPU" or "machine"; None for other errors. By the words of torch, which is not imported here."""
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+        return "GPU"
+    return "machine" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else None
+
+
 def _leave(signum, _frame):
     """Until there is something to save (Signals): end at once. An exception would end C++ that is being imported by abort()."""
     os._exit(_report("interrupted; run the same command to go on", 128 + signum))
 
 
-_DISK_ERRORS = {28, 122, 27, 5}  # ENOSPC, EDQUOT, EFBIG, EIO
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def _report(message, code):
@@ -100,7 +111,7 @@ class Signals:
         print(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more ends at once", file=sys.stderr)
 
 
-UNFINISHED = ".unfinished"  # how the name of a temporary file ends
+UNFINISHED = ".unfinished"  # a temporary file is .NAME.xxxxxxxx.unfinished
 
 
 @contextlib.contextmanager
@@ -156,7 +167,7 @@ def run_folder(path, writes=PARTS):
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a+")
     except OSError as error:
-        kind = MachineError if error.errno in _DISK_ERRORS else UserError
+        kind = MachineError if error.errno in DISK_ERRORS else UserError
         raise kind(f"--output_dir {path}: not a folder that can be written ({error.strerror})") from error
     with file:
         try:
@@ -180,7 +191,7 @@ def _check_parts(run, writes):
             kind = "file" if part.suffix else "folder"
             raise UserError(f"{part}: not a {kind} that can be written; move it away, or use another --output_dir")
     for folder in (run, *(run / name for name in writes)):
-        for leftover in folder.glob(f".*{UNFINISHED}"):
+        for leftover in folder.glob(f".*.????????{UNFINISHED}"):
             leftover.unlink()
 
 

@@ -27,6 +27,11 @@ def key(*made_of):
     return hashlib.sha256(repr(made_of).encode()).digest()
 
 
+def image_digest(data):
+    """Of a picture's bytes, as the index holds it: numpy drops zeros at the end of a string."""
+    return hashlib.sha256(data).digest()[:16].rstrip(b"\0")
+
+
 def survey(examples, settings, sizes, text_print, vae_print, pool, bad):
     """Look at every example without encoding it. -> (rows (N,) ROW, N names)
 

@@ -41,8 +41,12 @@ def _wrap(text, font):
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= CELL or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+        if font.getlength(longer) > CELL and lines[-1]:
+            lines.append("")
+            longer = word
+        while font.getlength(longer) > CELL:  # one word, or a language without spaces
+            fits = next(n for n in range(len(longer) - 1, 0, -1) if font.getlength(longer[:n]) <= CELL)
+            lines[-1], longer = longer[:fits], longer[fits:]
+            lines.append("")
+        lines[-1] = longer
     return lines

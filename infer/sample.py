@@ -5,10 +5,12 @@ Without text encoders, so that the trainer can use it beside a model in training
 
 import hashlib
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from data.models import load
+from data.safe import NumbersError
 
 
 def make_pipeline(model, unet, vae_model):
@@ -41,7 +43,7 @@ def sample(pipeline, embeddings, latents, steps, guidance):
     pipeline.set_progress_bar_config(disable=True)
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
     text, pooled, negative_text, negative_pooled = (e.to(unet.device, unet.dtype) for e in embeddings)
-    return pipeline(
+    pixels = pipeline(
         prompt_embeds=text,
         pooled_prompt_embeds=pooled,
         negative_prompt_embeds=negative_text,
@@ -51,4 +53,8 @@ def sample(pipeline, embeddings, latents, steps, guidance):
         width=latents.shape[3] * factor,
         num_inference_steps=steps,
         guidance_scale=guidance,
-    ).images[0]
+        output_type="np",
+    ).images
+    if not np.isfinite(pixels).all():
+        raise NumbersError("the picture's numbers are not finite: it would be black; try a smaller --lora_scale or --guidance_scale")
+    return pipeline.image_processor.numpy_to_pil(pixels)[0]

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from data import flags, safe
+from data.cache import _checksum, read_manifest
 from lora.inject import inject
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
@@ -305,6 +306,12 @@ def precompute(run, source, *more):
 
 def content(folder):
     return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
+
+
+def change_manifest(run, **values):
+    """As precompute would have written it."""
+    manifest = read_manifest(run / "cache") | values
+    (run / "cache" / "manifest.json").write_text(json.dumps(manifest | dict(checksum=_checksum(manifest))))
 
 
 def edit_captions(source, change):

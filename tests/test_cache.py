@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import change_manifest, precompute
 
 from data.cache import KEY, Cache, Rows, read_manifest
 from data.safe import MachineError, UserError
@@ -237,7 +238,8 @@ def test_names_are_the_examples(run):
 DAMAGE = {
     "no finished cache here; run python -m data.precompute": lambda path: path.unlink(),
     "damaged": lambda path: path.write_text("{"),
-    "another version": lambda path: path.write_text('{"version": 0}'),
+    "manifest.json: damaged": lambda path: path.write_text("[1]"),
+    "another version": lambda path: change_manifest(path.parent.parent, version=0),
 }
 
 
@@ -251,9 +253,22 @@ def test_without_a_good_manifest_there_is_no_cache(message, fresh):
         Cache(fresh / "cache")
 
 
-@pytest.mark.parametrize("blob", [b"xx", None])
+@pytest.mark.parametrize("blob", [b"xx", b"", b"PK\x03\x04", None])
 def test_a_bad_index_is_named(blob, fresh):
     path = fresh / "cache" / "index.npy"
-    path.write_bytes(blob) if blob else path.unlink()
-    with pytest.raises(UserError, match="index.npy: not there or damaged"):
+    path.unlink() if blob is None else path.write_bytes(blob)
+    with pytest.raises(UserError, match="index.npy: not there or damaged; run python -m data.precompute again, it repairs it"):
         Cache(fresh / "cache")
+
+
+@pytest.mark.parametrize("name", ["index.npy", "names.txt", "manifest.json"])
+def test_no_flipped_bit_is_read_and_precompute_puts_it_right(name, fresh, run):
+    """In the index it pairs a picture with another caption, in the manifest it scales every latent: trained on, unseen."""
+    path = fresh / "cache" / name
+    good = path.read_bytes()
+    for at in range(0, len(good), 7):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        with pytest.raises(UserError, match=f"{name}: (not there or )?damaged"):
+            Cache(fresh / "cache").names([0])
+    precompute(fresh, run.pictures)
+    assert path.read_bytes() == good

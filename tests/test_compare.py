@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import PIPELINE, PROMPTS, here, settings
-from PIL import Image
+from PIL import Image, ImageFont
 
-from data.safe import UserError
+from data.safe import NumbersError, UserError
 from infer.compare import difference, encode, models
-from infer.grid import grid
+from infer.grid import CELL, _wrap, grid
 from infer.sample import noise
 
 
@@ -163,6 +163,19 @@ def test_a_weights_file_can_be_named(run, trained):
     )
     with pytest.raises(UserError, match="nothing.safetensors: no such file"):
         compare(trained, PROMPTS[0], lora_path="nothing.safetensors")
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "a " + "Donaudampfschifffahrt" * 5 + " b", "one two three " * 20])
+def test_no_line_of_the_grid_is_wider_than_its_cell_and_no_letter_is_lost(text):
+    font = ImageFont.load_default(size=17)
+    lines = _wrap(text, font)
+    assert all(0 < font.getlength(line) <= CELL for line in lines) and "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
+    with pytest.raises(NumbersError, match="not finite: it would be black; try a smaller --lora_scale"):
+        compare(trained, PROMPTS[0], lora_scale=1e30)
+    assert not list((trained / "compare").glob("finetuned*"))
 
 
 def test_the_grid_holds_every_picture_at_its_place():

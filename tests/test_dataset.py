@@ -171,6 +171,46 @@ def test_a_folder_with_a_csv(tmp_path):
     assert content(examples(train_data_dir=str(tmp_path / "d"))) == WANTED
 
 
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ("file_name,text\n00.png,a cat, on a red sofa\n", r"row 0: \[' on a red sofa'\] is beyond the last column; put texts with commas in quotes"),
+        ('file_name,text\n00.png,"a cat\n' + "01.png,a dog\n" * 20_000, "row 0: "),
+    ],
+)
+def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
+    """Half of each caption would be trained on, or all rows in one."""
+    write_images(tmp_path / "d", CAPTIONS)
+    (tmp_path / "d" / "metadata.csv").write_text(table)
+    with pytest.raises(UserError, match=f"metadata.csv, {message}"):
+        examples(train_data_dir=str(tmp_path / "d"))
+
+
+def test_a_text_file_of_windows_notepad(tmp_path):
+    """It begins with a mark that is no letter."""
+    (path,) = write_images(tmp_path / "d", ["a cat"])
+    path.with_suffix(".txt").write_text("a cat", encoding="utf-8-sig")
+    assert examples(train_data_dir=str(tmp_path / "d"))[0].caption == "a cat"
+
+
+def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path):
+    """A broken picture in another column would end the command, and good ones cost time."""
+    import datasets
+
+    broken = [dict(path=None, bytes=b"<html>")] * 3
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), condition=datasets.Image())
+    images = [dict(path=None, bytes=path.read_bytes()) for path in write_images(tmp_path / "p", CAPTIONS)]
+    datasets.Dataset.from_dict(dict(image=images, text=CAPTIONS, condition=broken), features=features).save_to_disk(tmp_path / "d")
+    assert [caption for _, caption in content(examples(dataset_name=str(tmp_path / "d")))] == CAPTIONS
+
+
+def test_a_dataset_that_is_a_program_is_refused(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "d.py").write_text("")
+    with pytest.raises(UserError, match="--dataset_name .*cripts are no longer supported"):
+        examples(dataset_name=str(tmp_path / "d"))
+
+
 def test_one_source_is_needed_and_not_two(tmp_path):
     for values in ({}, dict(dataset_name="a", train_data_dir="b")):
         with pytest.raises(UserError, match="one of --dataset_name and --train_data_dir"):

@@ -123,6 +123,43 @@ def test_encoders_that_cannot_tell_captions_apart_are_refused(model):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
 
+@pytest.mark.parametrize("name", ["text_projection.weight", "text_model.encoder.layers.0.mlp.fc1.weight"])
+def test_weights_that_lack_one_are_refused(name, model):
+    """transformers makes it up of random numbers, other ones each time, and says so where nobody sees it."""
+    path = model / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(there for there in tensors if there.endswith(name.removeprefix("text_model.")))]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"text_encoder_2: its weights lack .*weight and 0 more; download the model again"):
+        TextEncoders(Model(str(model)), "no").load(CPU)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGED = {
+    "text_encoder/model.safetensors": cut,
+    "tokenizer/tokenizer.json": cut,
+    "text_encoder_2/config.json": lambda path: path.write_text(path.read_text().replace('"intermediate_size": ', '"intermediate_size": 1')),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named(name, model):
+    DAMAGED[name](model / name)
+    with pytest.raises(UserError, match=f"{name.split('/')[0]}: damaged, or does not fit its config") as refusal:
+        TextEncoders(Model(str(model)), "no").load(CPU)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_vae_without_its_scaling_factor_is_refused_before_anything_is_encoded(model):
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "scaling_factor"}))
+    with pytest.raises(UserError, match=r"vae/config.json: no scaling_factor in it; a VAE of SDXL's kind is needed"):
+        VAE(Model(str(model)), "no")
+
+
 def test_text_that_is_not_finite_is_refused(model):
     path = model / "text_encoder_2" / "model.safetensors"
     save_file({n: t * torch.nan if "layers.1." in n else t for n, t in load_file(path).items()}, path, {"format": "pt"})

@@ -5,6 +5,7 @@ Beside the tests of each source file, which try what one function can show.
 
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -36,6 +37,7 @@ import infer.compare  # and train.loop: imported before the processes are forked
 import train.loop  # noqa: F401
 from data.cache import Cache
 from data.encoders import VAE
+from data.precompute import Making
 from data.safe import UserError
 from train.batches import chosen
 
@@ -639,9 +641,9 @@ def test_no_space_for_the_runs_folder_is_the_machines_fault(disk, log):
 def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source, tmp_path, log):
     """Notes, favourites, copies and backups lie where the work is: through every command, a kill, and files of ours that go."""
     folder = copy(run, tmp_path)
-    names = "notes.txt .hidden lora-best.safetensors my.safetensors metrics.jsonl.bak lora.safetensors.old .lock.txt"
+    names = "notes.txt .hidden .notes.unfinished lora-best.safetensors my.safetensors metrics.jsonl.bak lora.safetensors.old .lock.txt"
     names += " cache/notes.txt cache/moments-999x999.rows cache/moments-999x999.keys cache/index.npy.bak cache/old/manifest.json"
-    names += " state/readme.txt state/000002.state.bak state/old/000001.state"
+    names += " state/readme.txt state/000002.state.bak state/old/000001.state state/²³.state"
     names += " compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
     foreign = {folder / name: f"mine: {name}".encode() for name in names.split()}
     for path, blob in foreign.items():
@@ -680,7 +682,7 @@ def test_an_editors_swap_file_is_left_alone(run, tmp_path):
 def test_copies_of_states_under_other_names_are_neither_resumed_from_nor_deleted_nor_in_the_way(run, fresh):
     """Two favourites put aside beside the states: taken for the two newest, each save would delete itself."""
     here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 2)
-    aside = [fresh / "state" / name for name in ("best.state", "000002 (copy).state", "0-before.state")]
+    aside = [fresh / "state" / name for name in ("best.state", "000002 (copy).state", "0-before.state", "²³.state")]
     for path in aside:
         shutil.copy(fresh / "state" / "000002.state", path)
     here("train", "--output_dir", fresh, *TRAIN)
@@ -895,6 +897,26 @@ def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
     assert "chse.png: not a picture that can be read" in one_line_error(command("data.precompute", *words, code=2))
 
 
+def test_a_picture_that_is_changed_while_it_waits_is_not_taken_for_the_one_before(source, tmp_path, monkeypatch):
+    """Hours lie between the hash and the VAE; the wrong row would have a good checksum for ever."""
+    real = Making.encode_captions
+    before = (source / "000.png").read_bytes()
+
+    def meanwhile(making):
+        shutil.copy(source / "005.png", source / "000.png")
+        real(making)
+
+    monkeypatch.setattr(Making, "encode_captions", meanwhile)
+    with pytest.raises(UserError, match="000.png: changed since precompute began; run it again"):
+        precompute(tmp_path / "run", source)
+    monkeypatch.undo()
+    (source / "000.png").write_bytes(before)
+    precompute(tmp_path / "run", source)
+    precompute(tmp_path / "fresh", source)
+    one, other = (Cache(tmp_path / name / "cache").batch(range(PICTURES), [False] * PICTURES, [False] * PICTURES) for name in ("run", "fresh"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_half_an_emoji_in_a_caption_is_refused_by_name(source, tmp_path, log):
     """JSON can spell one half of a surrogate pair, and scrapers that cut captions do."""
     edit_captions(source, lambda rows: [dict(row, text="a fox \ud83d") if i == 3 else row for i, row in enumerate(rows)])
@@ -959,6 +981,28 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
     here("infer", "--output_dir", folder, "--prompt", PROMPTS[0], "--num_inference_steps", 2)
     name = "compare/finetuned_0.png"
     assert np.array_equal(np.asarray(Image.open(folder / name)), np.asarray(Image.open(run.folder / name)))
+
+
+def test_a_branch_of_the_hub_that_moved_is_another_run(hub, pictures, tmp_path):
+    """The same id, another UNet: half of the steps would be on each."""
+    run, other = tmp_path / "run", "b" * 40
+    words = ("--output_dir", run, "--train_data_dir", pictures, *HUB_MODEL)
+    here("data.precompute", *words)
+    here("train", "--output_dir", run, *TRAIN, *SHORT, "--max_train_steps", 1)
+    shutil.copytree(hub, hub.parent / other)
+    (hub.parent.parent / "refs" / "main").write_text(other)
+    here("data.precompute", *words)
+    with pytest.raises(UserError, match=f"revision {COMMIT} there and {other} here"):
+        here("train", "--output_dir", run, *TRAIN, *SHORT, "--max_train_steps", 2)
+
+
+def test_a_disk_that_a_download_fills_is_not_a_model_that_is_missing(hub, pictures, tmp_path, log, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blob"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    message = refused(Forked("data.precompute", ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *HUB_MODEL), log), 3)
+    assert f"the disk refused to write {tmp_path / 'blob'}: No space left" in message
 
 
 MISSING = {  # what was not downloaded -> the command that finds out, what its line says

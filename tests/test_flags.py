@@ -5,7 +5,8 @@ import sys
 from dataclasses import MISSING, fields
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line_error
+from conftest import command as run_command
 
 from data.flags import COMMANDS, parse
 from data.safe import UserError
@@ -137,3 +138,23 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
+
+
+@pytest.mark.parametrize("command, name", [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name])
+def test_an_empty_word_is_refused(command, name):
+    """A shell's variable that is not set: as a path it would be the folder that one stands in."""
+    with pytest.raises(UserError, match=f"--{name}"):
+        parse(command, [*NEEDED[command], f"--{name}", ""])
+
+
+def test_an_empty_prompt_is_a_prompt():
+    settings = parse("infer", ["--output_dir", "x", "--prompt", "", "a cat", "--negative_prompt", ""])
+    assert settings.prompt == ("", "a cat") and settings.negative_prompt == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_data_dir", "dataset_name", "pretrained_model_name_or_path"])
+def test_a_name_longer_than_a_disk_takes_is_one_line(name, pictures, tmp_path):
+    words = [w for w in NEEDED["data.precompute"]] + ["--output_dir", tmp_path / "run", f"--{name}", "x" * 300]
+    words += ["--train_data_dir", pictures] if name == "pretrained_model_name_or_path" else []
+    assert "xxx" in one_line_error(run_command("data.precompute", *words, code=2))

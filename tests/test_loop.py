@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, here, lines, settings, when
+from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_manifest, here, lines, settings, when
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -296,11 +296,15 @@ def test_a_changed_run_is_refused_naming_the_field(change, run, tmp_path):
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_a_schedule_that_ends_above_its_peak_is_refused(fresh):
+    with pytest.raises(UserError, match="--learning_rate 1e-07: polynomial ends at 1e-07; use a larger one or another --lr_scheduler"):
+        train(fresh, "--lr_scheduler", "polynomial", "--learning_rate", 1e-7)
+
+
 def test_a_changed_dataset_is_refused(run, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(run.folder, folder)
-    path = folder / "cache" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(content="other")))
+    change_manifest(folder, content="other")
     with pytest.raises(UserError, match="cache .* there and other here"):
         train(folder)
 
@@ -406,8 +410,6 @@ def test_without_a_cache_the_command_that_makes_one_is_named(tmp_path):
 
 
 def test_a_unet_that_does_not_fit_the_text_is_refused(fresh):
-    path = fresh / "cache" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | dict(text_shape=[77, 7])))
+    change_manifest(fresh, text_shape=[77, 7])
     with pytest.raises(UserError, match="its UNet wants text of width .* the cache has 7"):
         train(fresh)

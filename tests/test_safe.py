@@ -221,6 +221,17 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
     printed = capsys.readouterr().err
     assert stop.value.code == 3 and "--vram_gib" in printed and printed.count("\n") == 1
 
+    memory = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+    for error, what in ((memory, "machine"), (MemoryError(), "machine"), (RuntimeError("CUDA error: out of memory\nMore"), "GPU")):
+
+        def fails(_):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            safe.run(fails, [])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 3 and f"the {what} is out of memory" in printed and printed.count("\n") == 1
+
     def broken(_):
         raise RuntimeError("a bug")
 

@@ -17,7 +17,7 @@ class Metrics:
     def __init__(self, path, step, steps, device):
         self.device, self.path = device, path
         if path.exists():  # lines past the state that the run goes on from would stand there twice
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             with atomic_write(path, "w") as file:
                 file.writelines(line for line in lines if _step(line) <= step)
         self.file = open(path, "a")
@@ -47,10 +47,10 @@ class Metrics:
 
 
 def _step(line):
-    """The step of a line; infinite for one that a killed writer left half written."""
+    """The step of a line; infinite for one that a killed writer left half written, or somebody else wrote."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 

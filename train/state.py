@@ -91,5 +91,5 @@ def _same_run(path, there, here):
 
 def _files(folder):
     """State files, the newest first; not copies that somebody put aside under other names."""
-    files = (path for path in folder.glob("*.state") if path.stem.isdigit())
+    files = (path for path in folder.glob("*.state") if path.stem.isdecimal() and path.is_file())
     return sorted(files, key=lambda path: int(path.stem), reverse=True)
