@@ -132,9 +132,13 @@ class Making:
         good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
         for i in np.flatnonzero(~good):  # every row of a picture that failed, once
             self.skipped(self.names[i], safe.UserError(f"{self.names[i]}: {self.failed[rows['image_digest'][i]]}"))
-        kept = np.flatnonzero(good)
-        if not len(kept):
+        kept = slice(None) if good.all() else np.flatnonzero(good)  # a slice copies nothing
+        index, names = index[kept], [name for name, fine in zip(self.names, good) if fine]
+        if not len(index):
             raise safe.UserError(f"none of {len(self.examples)} rows can be used, e.g. {': '.join(self.skipped[0])}")
+        content = hashlib.sha256()
+        for field in CONTENT:
+            content.update(rows[field][kept].tobytes())
         manifest = dict(
             model=asdict(self.model.pinned()),
             vae=asdict(self.vae_model.pinned()),
@@ -145,12 +149,12 @@ class Making:
             text_shape=self.texts.text_shape,
             pooled_shape=self.texts.pooled_shape,
             unconditional=int(self.captions.find(np.array([self.unconditional], "S32"))[0]),
-            rows=len(kept),
-            held_out=int(index["held_out"][kept].sum()),
+            rows=len(index),
+            held_out=int(index["held_out"].sum()),
             skipped=self.skipped,
-            content=hashlib.sha256(b"".join(rows[field][kept].tobytes() for field in CONTENT)).hexdigest(),
+            content=content.hexdigest(),
         )
-        write_index(self.folder, index[kept], [self.names[i] for i in kept], manifest)
+        write_index(self.folder, index, names, manifest)
 
     def _captions_in_batches(self):
         """Yields (keys, encoded captions) of the new ones."""

@@ -140,6 +140,19 @@ def test_make_runs_the_presets_commands(tmp_path):
     assert subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.count("make ") > 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, flags",
+    [("step", []), ("precompute", ["--toy"]), ("full_size", ["--toy"]), ("many_rows", ["--rows", 10, 30]), ("contact_sheet", [])],
+)
+def test_every_benchmark_runs(name, flags, tmp_path):
+    """On a small model, for the figures' shape alone: the machine that they are for costs money."""
+    if torch.cuda.is_available():
+        pytest.skip("takes minutes on a GPU")
+    command(f"tests.bench.{name}", tmp_path, *flags)
+    assert json.loads((tmp_path / f"{name}.json").read_text())
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_on_a_gpu(fresh, tmp_path):

@@ -61,6 +61,9 @@ def precompute(folder, run):
         def load(self, device):
             return self
 
+        def stage(self, pixels):
+            return torch.from_numpy(pixels)
+
         def encode(self, batches):
             for pixels in batches:
                 yield torch.rand(len(pixels), *self.shape(pixels.shape[1:3])).half()
