@@ -26,8 +26,9 @@ import torch
 from tqdm import tqdm
 
 from data import flags, safe
-from data.cache import _checksum, read_manifest
+from data.cache import read_index, read_manifest, write_index
 from lora.inject import inject
+from tests.bench.full_size import UNET as SDXL  # its published configuration
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
 tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
@@ -58,20 +59,6 @@ def unet(_toy_unet):
     return copy.deepcopy(_toy_unet)
 
 
-SDXL = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    layers_per_block=2,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 NARROW = dict(block_out_channels=(32, 64, 96), attention_head_dim=(1, 2, 3), cross_attention_dim=16)
 NARROW |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
 
@@ -308,10 +295,10 @@ def content(folder):
     return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
 
 
-def change_manifest(run, **values):
-    """As precompute would have written it."""
-    manifest = read_manifest(run / "cache") | values
-    (run / "cache" / "manifest.json").write_text(json.dumps(manifest | dict(checksum=_checksum(manifest))))
+def change_cache(run, index=lambda index: index, **values):
+    """As precompute would have written it: with index(the index), and `values` in the manifest."""
+    records, names = read_index(run / "cache")
+    write_index(run / "cache", index(records), names, read_manifest(run / "cache") | values)
 
 
 def edit_captions(source, change):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, settings
+from conftest import PIPELINE, change_cache, settings
 
 from data.cache import Cache
 from train import batches
@@ -80,9 +80,12 @@ def test_timesteps_and_dropped_captions_have_their_shares(run):
 
 def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
     """With the index's two entries apart, both come, about as often, and whether or not the caption is dropped."""
-    index = np.load(fresh / "cache" / "index.npy")
-    index["picture"], index["mirrored"] = 0, 1
-    np.save(fresh / "cache" / "index.npy", index)
+
+    def apart(index):
+        index["picture"], index["mirrored"] = 0, 1
+        return index
+
+    change_cache(fresh, apart)
     cache = Cache(fresh / "cache")
     means = [torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)]
     values = settings("train", train_batch_size=8, seed=1, proportion_empty_prompts=0.5)

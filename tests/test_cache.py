@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import change_manifest, precompute
+from conftest import change_cache, precompute
 
 from data.cache import KEY, Cache, Rows, read_manifest
 from data.safe import MachineError, UserError
@@ -239,7 +239,7 @@ DAMAGE = {
     "no finished cache here; run python -m data.precompute": lambda path: path.unlink(),
     "damaged": lambda path: path.write_text("{"),
     "manifest.json: damaged": lambda path: path.write_text("[1]"),
-    "another version": lambda path: change_manifest(path.parent.parent, version=0),
+    "another version": lambda path: change_cache(path.parent.parent, version=0),
 }
 
 

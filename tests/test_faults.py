@@ -719,6 +719,7 @@ def test_a_part_of_the_runs_folder_that_cannot_be_written_is_refused_at_the_door
     assert not re.search(r"\d/\d+ \[", log.read_text())  # no progress bar: nothing was begun
 
 
+@pytest.mark.slow
 def test_training_reads_a_cache_on_a_disk_that_cannot_be_written(fresh, run, disk, log):
     """Kaggle lends data that way: a cache made once, and many runs that link to it."""
     lent = disk("size=16m")

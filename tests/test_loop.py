@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_manifest, here, lines, settings, when
+from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_cache, here, lines, settings, when
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -246,6 +246,7 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(signum, code, fre
     same_as_uninterrupted(fresh, run)
 
 
+@pytest.mark.slow
 def test_the_plan_may_change_between_runs(fresh, run):
     """More steps, another saving interval or another way to compute go on with the same numbers."""
     train(fresh, "--max_train_steps", 2, "--gradient_checkpointing", "--no_cuda_graph")
@@ -304,7 +305,7 @@ def test_a_schedule_that_ends_above_its_peak_is_refused(fresh):
 def test_a_changed_dataset_is_refused(run, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(run.folder, folder)
-    change_manifest(folder, content="other")
+    change_cache(folder, content="other")
     with pytest.raises(UserError, match="cache .* there and other here"):
         train(folder)
 
@@ -410,6 +411,6 @@ def test_without_a_cache_the_command_that_makes_one_is_named(tmp_path):
 
 
 def test_a_unet_that_does_not_fit_the_text_is_refused(fresh):
-    change_manifest(fresh, text_shape=[77, 7])
+    change_cache(fresh, text_shape=[77, 7])
     with pytest.raises(UserError, match="its UNet wants text of width .* the cache has 7"):
         train(fresh)

@@ -96,8 +96,10 @@ def test_what_is_missing_is_named(model):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-of-this-name", "./not/a/folder", "../x", "a b"])
-def test_a_model_that_is_nowhere_is_named_offline(name):
+def test_a_model_that_is_nowhere_is_named_offline(name, tmp_path, monkeypatch):
     """Without a network a missing model is one line, not a page of HTTP."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="neither a folder here nor a hub id|not a folder here, and not from the hub") as refusal:
         Model(name).part("unet")
     assert str(refusal.value).startswith(name) and "\n" not in str(refusal.value)

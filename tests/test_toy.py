@@ -168,6 +168,7 @@ def test_scores_come_out_bad_for_bad_pictures(renders, classify):
     assert np.mean([classify(image) == s.subject for image, s in zip(noise, SCENES)]) < 0.35
 
 
+@pytest.mark.slow
 def test_a_grey_picture_of_the_right_shape_loses_its_colour_only(renders, classify):
     grey = [image.convert("L").convert("RGB") for image in renders["base"]]
     coloured = [i for i, s in enumerate(SCENES) if s.colour != "white"]

@@ -1,8 +1,8 @@
 """READ 4. The training loop: setup composes, the loop narrates.
 
 Per optimizer step: gradient_accumulation_steps micro-batches, each noised, predicted, compared, backpropagated into the
-adapters' one flat gradient; then unscale, clip, step. Everything random is a function of (seed, step, slot), so stopping
-and going on is running the same command again.
+adapters' one flat gradient; then unscale, clip, step. Everything random is a function of (seed, step, slot), a slot being a
+micro-batch's place in its step, so stopping and going on is running the same command again.
 """
 
 import os
@@ -32,7 +32,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def train(settings, run):
     """RUN/cache -> RUN/lora.safetensors. `settings` is flags.Train, `run` the run's folder."""
     r = setup(settings, run)
-    slots, images = settings.gradient_accumulation_steps, settings.gradient_accumulation_steps * settings.train_batch_size
+    slots = settings.gradient_accumulation_steps
+    images = slots * settings.train_batch_size
     if r.start >= settings.max_train_steps:
         print(f"{run}: finished, {r.start} steps are done; a larger --max_train_steps goes on")
 
@@ -51,7 +52,7 @@ def train(settings, run):
             r.scaler.unscale_(r.optimizer)
             norm = torch.nn.utils.clip_grad_norm_([r.adapters.vector], settings.max_grad_norm)
             loss, norm = torch.stack([loss, norm]).tolist()  # here Python waits for the device
-            health.check(partial(describe, r, settings, step), loss, norm)
+            health.check(partial(describe, r, settings, step), loss, norm)  # describes only what is wrong
             r.scaler.step(r.optimizer)  # not, when the gradient overflowed
             r.scaler.update()
             r.adapters.refresh()  # the layers' copies follow, the gradient is zero again
@@ -68,7 +69,10 @@ def train(settings, run):
 
 
 def setup(settings, run):
-    """Everything that the loop uses, ready for its next step, as attributes of one object."""
+    """Everything that the loop uses, ready for its next step, as attributes of one object.
+
+    Of these a step needs batches, micro_step, adapters, scaler, optimizer and lr_factor; the others are for messages and saves.
+    """
     cache = Cache(run / "cache")
     base = Model(**cache.manifest["model"])
     device = check.device()
