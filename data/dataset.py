@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.images import read_rgb
 from data.safe import DISK_ERRORS, UserError, is_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -21,14 +20,11 @@ class Example:
     caption: str
 
     def data(self):
+        """The picture's bytes, as they are in the file."""
         try:
             return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         except OSError as error:
             raise UserError(f"{self.name}: {error.strerror} ({self.source})") from None
-
-    def image(self):
-        """Upright RGB (PIL)."""
-        return read_rgb(self.data(), self.name)
 
 
 class Examples:

@@ -2,8 +2,8 @@
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known trainer
 amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's lines run
-in one process, ours in another, --deterministic in its own. Without a GPU a small UNet runs, which shows that the benchmark
-works and nothing else. Writes OUT/step.json.
+in one process, ours in another, --deterministic in its own; "buckets" is ours with batches of all shapes about 1024² in turn.
+Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.buckets import sizes
 from data.cache import INDEX, Rows, moments_name, write_index
 from data.flags import parse
 from data.models import Model, load
@@ -44,22 +45,23 @@ def apart(function, *args):
         return pool.submit(function, *args).result()
 
 
-def make_cache(folder, pipeline, resolution):
-    """A finished cache of random numbers in the shapes of the model's UNet."""
-    config, rng, size = json.loads((Path(pipeline) / "unet/config.json").read_text()), np.random.default_rng(0), [resolution] * 2
+def make_cache(folder, pipeline, sizes):
+    """A finished cache of random numbers in the shapes of the model's UNet: eight rows of each of `sizes`, (height, width)."""
+    config, rng, rows = json.loads((Path(pipeline) / "unet/config.json").read_text()), np.random.default_rng(0), 8
     text = (77, config["cross_attention_dim"])
     pooled = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
-    moments = (2, 4, resolution // 8, resolution // 8)
+    moments = [(2, 4, height // 8, width // 8) for height, width in sizes]
     folder.mkdir(parents=True)
-    for name, shape in (("captions", (text[0] * text[1] + pooled[0],)), (moments_name(size), moments)):
-        rows = np.abs(rng.standard_normal((8, *shape))).astype(np.float16)
-        Rows(folder, name, shape).write(8, [([f"{name} {i}".encode() for i in range(8)], rows)])
-    index = np.zeros(8, INDEX)
-    index["picture"] = index["mirrored"] = index["caption"] = range(8)
-    index["time_ids"] = index["mirrored_time_ids"] = (resolution, resolution, 0, 0, resolution, resolution)
-    facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=resolution)
-    facts |= dict(scaling_factor=0.13, sizes=[size], moments_shapes=[moments], text_shape=text, pooled_shape=pooled, unconditional=0)
-    write_index(folder, index, [str(i) for i in range(8)], facts)
+    for name, shape in [("captions", (text[0] * text[1] + pooled[0],)), *zip(map(moments_name, sizes), moments)]:
+        numbers = np.abs(rng.standard_normal((rows, *shape))).astype(np.float16)
+        Rows(folder, name, shape).write(rows, [([f"{name} {i}".encode() for i in range(rows)], numbers)])
+    index = np.zeros((len(sizes), rows), INDEX)
+    index["size"] = np.arange(len(sizes))[:, None]
+    index["picture"] = index["mirrored"] = index["caption"] = range(rows)
+    index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*size, 0, 0, *size)] for size in sizes])
+    facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, sizes)))
+    facts |= dict(scaling_factor=0.13, sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled, unconditional=0)
+    write_index(folder, index.ravel(), [str(i) for i in range(index.size)], facts)
 
 
 def ours(work, cuda, batch, *flags):
@@ -152,11 +154,14 @@ def measure(work, kind, batch, attention, flags):
     efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if attention == "efficient" and cuda else contextlib.nullcontext()
     with efficient, contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
-            step, micro_step, facts = reference(work, cuda, batch) if kind == "reference" else ours(work, cuda, batch, *flags)
+            if kind == "reference":
+                step, micro_step, facts = reference(work, cuda, batch)
+            else:
+                step, micro_step, facts = ours(work / "buckets" if kind == "buckets" else work, cuda, batch, *flags)
         except UserError as error:
             return dict(refused=str(error))
         times = []
-        for _ in range(2 + ((STEPS if kind == "ours" else 2) if cuda else 1)):
+        for _ in range(2 + ((2 if kind == "reference" else STEPS) if cuda else 1)):
             start = time.perf_counter()
             step()
             if cuda:
@@ -202,10 +207,12 @@ def matmul_tflops():
 def machine(work):
     """Make what is measured. -> facts about the machine"""
     if not torch.cuda.is_available():
-        make_cache(work / "cache", TOY, 128)
+        make_cache(work / "cache", TOY, [(128, 128)])
+        make_cache(work / "buckets" / "cache", TOY, sizes(128, True))
         return dict(device="cpu", torch=torch.__version__, matmul_tflops=None)
     make_pipeline(work / "pipeline", "cuda", ("unet",))
-    make_cache(work / "cache", work / "pipeline", 1024)
+    make_cache(work / "cache", work / "pipeline", [(1024, 1024)])
+    make_cache(work / "buckets" / "cache", work / "pipeline", sizes(1024, True))
     return dict(device=torch.cuda.get_device_name(), torch=torch.__version__, matmul_tflops=matmul_tflops())
 
 
@@ -238,12 +245,13 @@ def main():
     results = apart(machine, work) | dict(lines=[])
     if results["device"] == "cpu":
         print("no GPU: a small UNet on the CPU, which shows that the benchmark runs and nothing else")
-        lines = ["reference@1@default", "ours@1@default"]
+        lines = ["reference@1@default", "ours@1@default", "buckets@1@default"]
     else:
         lines = [f"{line}@default" for line in ("reference@1", "reference@4")] + ["reference@1@efficient"]
         lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
         lines += ["ours@1@efficient@--vram_gib=24"]
         lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")]
+        lines += ["buckets@1@default@--vram_gib=14.56"]
     for _, of_process in itertools.groupby(args.lines or lines, lambda line: (line.split("@")[0], "--deterministic" in line)):
         results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in of_process])
     if results["device"] != "cpu" and not args.lines:
