@@ -85,7 +85,14 @@ def _out_of_memory(error):
 
 def _leave(signum, _frame):
     """Until there is something to save (Signals): end at once. An exception would end C++ that is being imported by abort()."""
-    os._exit(_report("interrupted; run the same command to go on", 128 + signum))
+    _say("error: interrupted; run the same command to go on")
+    os._exit(128 + signum)
+
+
+def _say(line):
+    """Write to stderr from a signal's handler: a print() would raise when it interrupts another one."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{line}\n".encode())
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -108,7 +115,7 @@ class Signals:
         self.received = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more ends at once", file=sys.stderr)
+        _say(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more ends at once")
 
 
 UNFINISHED = ".unfinished"  # a temporary file is .NAME.xxxxxxxx.unfinished

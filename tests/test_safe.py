@@ -198,6 +198,29 @@ def test_a_second_signal_ends_at_once(first, second):
     assert code == -second and "saved" not in out and time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_something_is_printed(signum):
+    """Its own line, printed in the middle of a progress bar's, was a RuntimeError in the middle of a step."""
+    code = """
+import sys
+from data import safe
+
+def main(argv):
+    stop, sys.stderr = safe.Signals(), open(2, "w", buffering=1)
+    while not stop.received:
+        sys.stderr.write("x" * 150 + "\\n")  # until nobody reads any more
+    print("saved")
+
+safe.run(main, [])
+"""
+    process = python(code)
+    time.sleep(1.5)
+    process.send_signal(signum)
+    time.sleep(0.2)
+    code, out, err = finish(process)
+    assert (code, out) == (0, "saved\n") and f"{signum.name}: finishing this step" in err, err.replace("x", "")
+
+
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "x").write_bytes(b"abc" * 100_000)
     assert safe.sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()

@@ -117,7 +117,6 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-@pytest.mark.slow
 def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
     """Memory is planned for the first of them and a graph recorded for each: one left out ends the run when it comes."""
     cache, values, signal = Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), torch.ones(1000)
@@ -128,6 +127,7 @@ def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
     assert samples[0]["x0"].shape == samples[0]["eps"].shape == (3, 4, 16, 16)
 
 
+@pytest.mark.slow
 def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     """Three steps of two sizes or more, in one run and in three."""
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)

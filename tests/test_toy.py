@@ -182,7 +182,7 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DConditionModel
 
-    from data.cache import VERSION
+    from data.cache import INDEX, write_index
     from data.models import Model, load
     from data.toy.score import held_out_scenes, score
     from lora.files import export
@@ -193,7 +193,7 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     model = {"name": str(PIPELINE), "revision": None, "variant": None}
     scaling_factor = Model(str(PIPELINE)).part("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps({"version": VERSION, "model": model, "vae": model, "scaling_factor": scaling_factor}))
+    write_index(tmp_path / "cache", np.zeros(0, INDEX), [], {"model": model, "vae": model, "scaling_factor": scaling_factor})
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
     for i, prompt in enumerate(PROMPTS):
