@@ -171,6 +171,8 @@ def measure(work, kind, batch, attention, flags):
         facts["wall_ms"] = statistics.median(times[2:])
         if cuda:
             facts["peak_gib"], facts["allocated_gib"] = (f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated))
+            free, total = torch.cuda.mem_get_info()  # what is not the allocator's: CUDA itself, its libraries, recorded graphs
+            facts["outside_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
             facts["kernel_ms"], facts["kernels"] = kernels(micro_step)
     return facts | dict(plan=printed.getvalue().strip())
 
