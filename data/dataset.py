@@ -136,7 +136,7 @@ def _table(table, caption_column):
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file, strict=True):
-                if None in line:  # what csv does with more fields than there are columns
+                if None in line and any(line[None]):  # what csv does with more fields than there are columns
                     raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
                 paths.append(str(table.parent / line["file_name"]))
                 captions.append(line[caption_column])

@@ -191,6 +191,13 @@ def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
         examples(train_data_dir=str(tmp_path / "d"))
 
 
+def test_a_csv_as_spreadsheets_write_it(tmp_path):
+    """Commas at the end, a mark at the beginning, quotes in the middle."""
+    write_images(tmp_path / "d", ["a 5\" nail", "two, three"])
+    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\r\n00.png,a 5" nail,\r\n01.png,"two, three",,\r\n', encoding="utf-8-sig")
+    assert content(examples(train_data_dir=str(tmp_path / "d"))) == [(0, 'a 5" nail'), (1, "two, three")]
+
+
 def test_a_text_file_of_windows_notepad(tmp_path):
     """It begins with a mark that is no letter."""
     (path,) = write_images(tmp_path / "d", ["a cat"])
