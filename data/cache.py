@@ -72,6 +72,11 @@ class Rows:
     def __len__(self):
         return len(self.keys)
 
+    def room(self, count):
+        """Bytes of the disk that `count` more rows take, beside what a killed writer has claimed already."""
+        claimed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        return max(0, (len(self) + count) * self.row_bytes - claimed)
+
     def find(self, keys):
         """Positions (n,) of keys (n,) S32, -1 where there is none."""
         if self._order is None:
@@ -195,7 +200,7 @@ def read_manifest(folder):
     except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or of another shape
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged; run python -m data.precompute again, it repairs it")
+        raise UserError(f"{path}: damaged, or of an earlier version; run python -m data.precompute again, it repairs it")
     if manifest["version"] != VERSION:
         raise UserError(f"{path}: written by another version; delete {folder} and run precompute again")
     return manifest
@@ -208,7 +213,11 @@ def _checksum(manifest):
 def _whole(folder, manifest, name):
     """Path of one of the cache's files. Raises UserError when it is not the one that the manifest was written with."""
     path = Path(folder) / name
-    if not path.is_file() or sha256_file(path) != manifest["files"][name]:
+    try:
+        whole = sha256_file(path) == manifest["files"][name]
+    except OSError:
+        whole = False
+    if not whole:
         raise UserError(f"{path}: not there or damaged; run python -m data.precompute again, it repairs it")
     return path
 
@@ -227,6 +236,7 @@ class Cache:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
+        _whole(folder, self.manifest, "names.txt")  # read when something goes wrong, and then it must not go wrong itself
         self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))

@@ -55,6 +55,12 @@ def optimizer(settings):
         raise safe.UserError("--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave the flag out")
 
 
+def schedule(settings):
+    """Raises UserError for a schedule that would end above where it begins."""
+    if settings.lr_scheduler == "polynomial" and settings.learning_rate <= 1e-7:  # where diffusers' ends
+        raise safe.UserError(f"--learning_rate {settings.learning_rate}: polynomial ends at 1e-07; use a larger one or another --lr_scheduler")
+
+
 def saves(settings, run, numbers, start):
     """Raises MachineError when the disk cannot hold what training will save of `numbers` trainable numbers from step `start` on."""
     state = numbers * (4 + (2 if settings.use_8bit_adam else 8))

@@ -99,6 +99,8 @@ def _dataset(flag, name, image_column, caption_column):
     for which, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column not in loaded.column_names:
             raise UserError(f"{which} {column}: not in the dataset, which has {', '.join(loaded.column_names)}")
+    if image_column == caption_column:
+        raise UserError(f"--image_column and --caption_column are both {image_column}; name one of each")
     if not len(loaded):  # what follows fails on it inside datasets
         return None, 0
     try:  # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
@@ -135,8 +137,8 @@ def _table(table, caption_column):
     paths, captions = [], []
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file, strict=True):
-                if None in line and any(line[None]):  # what csv does with more fields than there are columns
+            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file, strict=True, skipinitialspace=True):
+                if "file_name" in line and None in line and any(line[None]):  # csv's way with more fields than columns
                     raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
                 paths.append(str(table.parent / line["file_name"]))
                 captions.append(line[caption_column])

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from data import fused
 from data.models import load
-from data.safe import UserError
+from data.safe import UserError, out_of_memory
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IN_FLIGHT = 2  # batches of pictures
@@ -85,6 +85,8 @@ def _read(part, kind, **how):
     try:
         return kind.from_pretrained(part.folder, **how)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).split("\n")[0]
         raise UserError(f"{part.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})") from error
 

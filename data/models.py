@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import DISK_ERRORS, UserError, need_memory, sha256_file
+from data.safe import DISK_ERRORS, UserError, need_memory, out_of_memory, sha256_file
 
 # Parts that have weights, and their files' stem as diffusers and transformers name it.
 STEMS = {
@@ -121,6 +121,8 @@ def load(kind, part, dtype, device, prepare=None):
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).split("\n")[-1].strip()
         raise UserError(f"{part.folder}: its weights are damaged or do not fit its config ({reason})") from None
     if prepare:

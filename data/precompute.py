@@ -99,8 +99,8 @@ class Making:
 
     def bytes(self):
         """What the new rows take on disk."""
-        pictures = sum(len(numbers) * of_size.row_bytes for (numbers, _), of_size in zip(self.new_pictures, self.moments))
-        return (len(self.new_captions) + len(self.blank)) * self.captions.row_bytes + pictures
+        pictures = sum(of_size.room(len(numbers)) for (numbers, _), of_size in zip(self.new_pictures, self.moments))
+        return self.captions.room(len(self.new_captions) + len(self.blank)) + pictures
 
     def encode_captions(self):
         self.stop = safe.Signals()  # until here there is nothing to save

@@ -54,7 +54,7 @@ def run(main, argv):
     except UserError as error:
         sys.exit(_report(error, error.code))
     except (RuntimeError, MemoryError) as error:
-        full = _out_of_memory(error)
+        full = out_of_memory(error)
         if not full:
             raise
         knobs = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution"
@@ -76,11 +76,12 @@ def run(main, argv):
             signal.signal(signum, handler)
 
 
-def _out_of_memory(error):
+def out_of_memory(error):
     """What is: "GPU" or "machine"; None for other errors. By the words of torch, which is not imported here."""
     if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
         return "GPU"
-    return "machine" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else None
+    words = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
+    return "machine" if isinstance(error, MemoryError) or any(word in str(error) for word in words) else None
 
 
 def _leave(signum, _frame):
@@ -221,9 +222,9 @@ def need_space(folder, needed, what):
 
 
 def free_memory():
-    """Bytes of RAM that programs can still have."""
+    """Bytes of RAM that programs can still have; a container's own limit is not looked at."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return int(lines.get("MemAvailable", lines["MemFree"]).split()[0]) * 1024
 
 
 def need_memory(needed, what):

@@ -45,7 +45,7 @@ def _wrap(text, font):
             lines.append("")
             longer = word
         while font.getlength(longer) > CELL:  # one word, or a language without spaces
-            fits = next(n for n in range(len(longer) - 1, 0, -1) if font.getlength(longer[:n]) <= CELL)
+            fits = next(n for n in range(1, len(longer)) if font.getlength(longer[: n + 1]) > CELL)
             lines[-1], longer = longer[:fits], longer[fits:]
             lines.append("")
         lines[-1] = longer

@@ -56,5 +56,5 @@ def sample(pipeline, embeddings, latents, steps, guidance):
         output_type="np",
     ).images
     if not np.isfinite(pixels).all():
-        raise NumbersError("the picture's numbers are not finite: it would be black; try a smaller --lora_scale or --guidance_scale")
+        raise NumbersError("a picture's numbers are not finite, it would be black; try a smaller --lora_scale, or another VAE that is made for half precision")
     return pipeline.image_processor.numpy_to_pil(pixels)[0]

@@ -253,6 +253,21 @@ def test_without_a_good_manifest_there_is_no_cache(message, fresh):
         Cache(fresh / "cache")
 
 
+def test_room_that_a_killed_writer_claimed_is_not_asked_for_again(tmp_path):
+    """On a disk of twice the cache, killed early, the rest would not fit beside itself."""
+    rows = Rows(tmp_path, "rows", SHAPE)
+    assert rows.room(100) == 100 * rows.row_bytes
+
+    def killed():
+        yield batch_of([1, 2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rows.write(100, killed())
+    again = Rows(tmp_path, "rows", SHAPE)
+    assert len(again) == 2 and again.room(98) == 0 and again.room(1000) > 800 * again.row_bytes
+
+
 @pytest.mark.parametrize("blob", [b"xx", b"", b"PK\x03\x04", None])
 def test_a_bad_index_is_named(blob, fresh):
     path = fresh / "cache" / "index.npy"

@@ -173,7 +173,7 @@ def test_no_line_of_the_grid_is_wider_than_its_cell_and_no_letter_is_lost(text):
 
 
 def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
-    with pytest.raises(NumbersError, match="not finite: it would be black; try a smaller --lora_scale"):
+    with pytest.raises(NumbersError, match="not finite, it would be black; try a smaller --lora_scale, or another VAE"):
         compare(trained, PROMPTS[0], lora_scale=1e30)
     assert not list((trained / "compare").glob("finetuned*"))
 

@@ -179,7 +179,7 @@ def test_a_folder_with_a_csv(tmp_path):
 @pytest.mark.parametrize(
     "table, message",
     [
-        ("file_name,text\n00.png,a cat, on a red sofa\n", r"row 0: \[' on a red sofa'\] is beyond the last column; put texts with commas in quotes"),
+        ("file_name,text\n00.png,a cat, on a red sofa\n", r"row 0: \['on a red sofa'\] is beyond the last column; put texts with commas in quotes"),
         ('file_name,text\n00.png,"a cat\n' + "01.png,a dog\n" * 20_000, "row 0: "),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
 def test_a_csv_as_spreadsheets_write_it(tmp_path):
     """Commas at the end, a mark at the beginning, quotes in the middle."""
     write_images(tmp_path / "d", ["a 5\" nail", "two, three"])
-    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\r\n00.png,a 5" nail,\r\n01.png,"two, three",,\r\n', encoding="utf-8-sig")
+    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\r\n00.png,a 5" nail,\r\n01.png, "two, three",,\r\n', encoding="utf-8-sig")
     assert content(examples(train_data_dir=str(tmp_path / "d"))) == [(0, 'a 5" nail'), (1, "two, three")]
 
 
@@ -203,6 +203,18 @@ def test_a_text_file_of_windows_notepad(tmp_path):
     (path,) = write_images(tmp_path / "d", ["a cat"])
     path.with_suffix(".txt").write_text("a cat", encoding="utf-8-sig")
     assert examples(train_data_dir=str(tmp_path / "d"))[0].caption == "a cat"
+
+
+def test_a_csv_with_semicolons_is_told_what_it_has(tmp_path):
+    write_images(tmp_path / "d", ["x"])
+    (tmp_path / "d" / "metadata.csv").write_text("file_name;text\n00.png;a cat, red\n")
+    with pytest.raises(UserError, match="file_name: not in row 0 of .*, which has file_name;text"):
+        examples(train_data_dir=str(tmp_path / "d"))
+
+
+def test_one_column_for_both_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--image_column and --caption_column are both text; name one of each"):
+        examples(dataset_name=str(save_dataset(tmp_path / "d", CAPTIONS)), image_column="text")
 
 
 def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path):

@@ -153,6 +153,18 @@ def test_damaged_files_are_named(name, model):
     assert "\n" not in str(refusal.value)
 
 
+def test_too_little_memory_is_no_damage(monkeypatch):
+    """The answer would be another download of five gigabytes."""
+    from transformers import CLIPTextModel
+
+    def full(*_, **__):
+        raise RuntimeError("unable to mmap 196139808 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+        TextEncoders(Model(str(PIPELINE)), "no").load(CPU)
+
+
 def test_a_vae_without_its_scaling_factor_is_refused_before_anything_is_encoded(model):
     config = model / "vae" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "scaling_factor"}))

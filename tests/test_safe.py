@@ -245,7 +245,7 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
     assert stop.value.code == 3 and "--vram_gib" in printed and printed.count("\n") == 1
 
     memory = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-    for error, what in ((memory, "machine"), (MemoryError(), "machine"), (RuntimeError("CUDA error: out of memory\nMore"), "GPU")):
+    for error, what in ((memory, "machine"), (MemoryError(), "machine"), (RuntimeError("can't start new thread"), "machine"), (RuntimeError("CUDA error: out of memory\nMore"), "GPU")):
 
         def fails(_):
             raise error

@@ -81,6 +81,7 @@ def setup(settings, run):
         only_deterministic_kernels()
     check.precision(settings.mixed_precision, device)
     check.optimizer(settings)
+    check.schedule(settings)
     identity = dict(asdict(settings), base=base.public_name(), revision=base.revision, cache=cache.manifest["content"])
     state = read_state(run / "state", identity)
     scheduler = base.part("scheduler").config("scheduler_config.json")
@@ -172,8 +173,6 @@ def load_unet(base, cache, dtype, device, compiled):
 def learning_rate_schedule(optimizer, settings):
     """step -> factor on the learning rate, of the step alone, so that resuming needs no schedule's state."""
     warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
-    if settings.lr_scheduler == "polynomial" and settings.learning_rate <= 1e-7:  # where diffusers' ends
-        raise UserError(f"--learning_rate {settings.learning_rate}: polynomial ends at 1e-07; use a larger one or another --lr_scheduler")
     return get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
 
 
