@@ -236,7 +236,6 @@ class Cache:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
-        _whole(folder, self.manifest, "names.txt")  # read when something goes wrong, and then it must not go wrong itself
         self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
@@ -251,7 +250,10 @@ class Cache:
 
     def names(self, examples):
         """What the examples are called, for messages."""
-        names = _names(self.folder, self.manifest)
+        try:
+            names = _names(self.folder, self.manifest)
+        except UserError:  # what is to be told is worse than that
+            return [f"row {i}" for i in examples]
         return [names[i] for i in examples]
 
     def batch(self, examples, mirrored, empty):

@@ -276,7 +276,7 @@ def test_a_bad_index_is_named(blob, fresh):
         Cache(fresh / "cache")
 
 
-@pytest.mark.parametrize("name", ["index.npy", "names.txt", "manifest.json"])
+@pytest.mark.parametrize("name", ["index.npy", "manifest.json"])
 def test_no_flipped_bit_is_read_and_precompute_puts_it_right(name, fresh, run):
     """In the index it pairs a picture with another caption, in the manifest it scales every latent: trained on, unseen."""
     path = fresh / "cache" / name
@@ -284,6 +284,16 @@ def test_no_flipped_bit_is_read_and_precompute_puts_it_right(name, fresh, run):
     for at in range(0, len(good), 7):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
         with pytest.raises(UserError, match=f"{name}: (not there or )?damaged"):
-            Cache(fresh / "cache").names([0])
+            Cache(fresh / "cache")
     precompute(fresh, run.pictures)
     assert path.read_bytes() == good
+
+
+def test_damaged_names_are_put_right_and_stand_in_no_messages_way(fresh, run):
+    """A NaN is told with its rows; that their names are gone must not be told in its place."""
+    path = fresh / "cache" / "names.txt"
+    good = path.read_bytes()
+    path.write_bytes(good[:-3])
+    assert Cache(fresh / "cache").names([3, 0]) == ["row 3", "row 0"]
+    precompute(fresh, run.pictures)
+    assert path.read_bytes() == good and Cache(fresh / "cache").names([0]) == [good.decode().split("\n")[0]]
