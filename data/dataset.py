@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import DISK_ERRORS, UserError, is_text
+from data.safe import DISK_ERRORS, UserError, is_text, printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -44,7 +44,7 @@ class Examples:
         if not path:
             return f"row {number}"
         name = os.path.relpath(path, self.folder) if self.folder else Path(path).name
-        return name.encode("utf-8", "replace").decode()  # Linux allows any bytes in a name, a terminal does not
+        return printable(name)  # Linux allows any bytes in a name, a terminal does not
 
     def __getitem__(self, number):
         path, data, caption = self.read(number)

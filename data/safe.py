@@ -57,8 +57,8 @@ def run(main, argv):
         full = out_of_memory(error)
         if not full:
             raise
-        knobs = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution"
-        sys.exit(_report(f"the {full} is out of memory: {knobs} ({str(error).split(chr(10))[0]})", 3))
+        knobs, reason = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution", str(error).split("\n")[0]
+        sys.exit(_report(f"the {full} is out of memory: {knobs} ({reason})", 3))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; run the same command to go on", 130))
     except OSError as error:
@@ -203,9 +203,14 @@ def _check_parts(run, writes):
             leftover.unlink()
 
 
+def printable(string):
+    """With "?" for what cannot be written as UTF-8: half of a surrogate pair, bytes of another encoding in a file's name."""
+    return string.encode("utf-8", "replace").decode()
+
+
 def is_text(string):
-    """Whether it can be written as UTF-8: half of a surrogate pair, and bytes of another encoding on the command line, cannot."""
-    return string.encode("utf-8", "replace").decode() == string
+    """Whether all of it can be written as UTF-8."""
+    return printable(string) == string
 
 
 def free_space(folder):

@@ -61,7 +61,7 @@ def survey(examples, settings, sizes, text_print, vae_print, pool, bad):
             bad(name, row)
         else:
             rows[len(names)] = row
-            names.append(" ".join(name.encode("utf-8", "replace").decode().split()))  # one line of names.txt
+            names.append(" ".join(name.split()))  # one line of names.txt
     return rows[: len(names)], names
 
 
