@@ -11,6 +11,7 @@ Rows are found by what they were made of. A row that is there is never made agai
 size changed has another key, so it cannot be taken for what it is not.
 """
 
+import collections
 import errno
 import hashlib
 import io
@@ -20,10 +21,12 @@ import mmap
 import os
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from data.ahead import ahead
 from data.safe import MachineError, UserError, atomic_write, naming, sha256_file
 
 VERSION = 2
@@ -120,43 +123,53 @@ class Rows:
                 os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
-            here = end = len(self)
-            written, committed = {}, time.monotonic()  # {place: its key, not on disk yet}
-
-            def commit():
-                """Bytes first, then the keys that make them count; new ones all at once, so that no kill parts a batch: how a
-                picture is rounded depends on those that it is encoded with, and the rest must be encoded as if nothing was."""
-                if not written:
-                    return
-                data.flush()
-                os.fdatasync(data.fileno())
-                with naming(self.keys_path):
-                    for place in [place for place in written if place < here]:  # of damaged rows, written again in their place
-                        os.pwrite(index.fileno(), written.pop(place), place * KEY.itemsize)
-                    new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
-                    if os.pwrite(index.fileno(), new, at) < len(new):  # a disk that fills up takes what still fits
-                        index.truncate(at)
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fdatasync(index.fileno())
-                written.clear()
-
+            writer = _Writer(self, data, index)
             try:
-                for keys, batch in batches:
-                    batch = np.ascontiguousarray(batch, np.float16)
-                    places = self.find(np.array(keys, "S32"))
-                    for i in np.flatnonzero(places < 0):
-                        places[i], end = end, end + 1
-                    for place, key, row in zip(places.tolist(), keys, batch):
-                        data.seek(place * self.row_bytes)
-                        data.write(row.tobytes())
-                        written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
-                    if time.monotonic() - committed >= COMMIT_SECONDS:
-                        commit()
-                        committed = time.monotonic()
+                with ThreadPoolExecutor(1) as pool:
+                    collections.deque(ahead(pool, writer.put, batches, 1), maxlen=0)  # one is written while the next is made
             finally:  # also what came before an error
-                commit()
-            data.truncate(end * self.row_bytes)
+                writer.commit()
+            data.truncate(writer.end * self.row_bytes)
         self._open()
+
+
+class _Writer:
+    """Rows on their way into their two open files."""
+
+    def __init__(self, rows, data, index):
+        self.rows, self.data, self.index = rows, data, index
+        self.end, self.written, self.committed = len(rows), {}, time.monotonic()  # written: {place: its key, not on disk yet}
+
+    def put(self, batch):
+        keys, values = batch
+        values = np.ascontiguousarray(values, np.float16)
+        for place, key, row in zip(self.rows.find(np.array(keys, "S32")).tolist(), keys, values):
+            place = self.end if place < 0 else place
+            self.data.seek(place * self.rows.row_bytes)
+            self.data.write(row.tobytes())
+            self.written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
+            self.end = max(self.end, place + 1)
+        if time.monotonic() - self.committed >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self):
+        """Bytes first, then the keys that make them count; new ones all at once, so that no kill parts a batch: how a picture
+        is rounded depends on those that it is encoded with, and the rest must be encoded as if nothing was."""
+        written, index = self.written, self.index.fileno()
+        if not written:
+            return
+        self.data.flush()
+        os.fdatasync(self.data.fileno())
+        with naming(self.rows.keys_path):
+            for place in [place for place in written if place < len(self.rows)]:  # of damaged rows, written again in their place
+                os.pwrite(index, written.pop(place), place * KEY.itemsize)
+            new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
+            if os.pwrite(index, new, at) < len(new):  # a disk that fills up takes what still fits
+                os.ftruncate(index, at)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fdatasync(index)
+        written.clear()
+        self.committed = time.monotonic()
 
 
 def write_index(folder, index, names, manifest):

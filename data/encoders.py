@@ -13,7 +13,7 @@ from data.models import load
 from data.safe import UserError, out_of_memory
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FLIGHT = 2  # batches of pictures
+IN_FLIGHT = 2  # batches
 SMALLEST_VOCABULARY = 514  # of a byte-level CLIP tokenizer: 256 bytes, each also at a word's end, start and end of text
 
 
@@ -58,22 +58,45 @@ class TextEncoders:
         self.encoders = None
         torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def __call__(self, captions):
         """B strings -> text (B, 77, 2048), pooled (B, 1280), equal to StableDiffusionXLPipeline.encode_prompt.
 
         Raises UserError when a number is not finite.
         """
+        text, pooled = self._states(captions)
+        self._check(text.isfinite().all() and pooled.isfinite().all())
+        return text, pooled
+
+    def encode(self, batches):
+        """Lists of B strings -> fp16 (B, 77 · 2048 + 1280) tensors on the CPU: text, then pooled, flat; see in_flight.
+
+        Raises UserError when a number is not finite.
+        """
+        return in_flight(self._start, self._finish, batches)
+
+    @torch.inference_mode()
+    def _states(self, captions):
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             length = self.text_shape[0]
             ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
             out = encoder(ids.to(encoder.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
-        text, pooled = torch.cat(hidden, dim=-1), out.text_embeds
-        if not (text.isfinite().all() and pooled.isfinite().all()):
+        return torch.cat(hidden, dim=-1), out.text_embeds
+
+    def _start(self, captions):
+        text, pooled = self._states(captions)
+        flat = torch.cat([text.flatten(1), pooled], dim=1).half()
+        return fetch(flat, flat.isfinite().all())
+
+    def _finish(self, flat, finite, wait):
+        wait()
+        self._check(finite)
+        return flat
+
+    def _check(self, finite):
+        if not finite:
             raise UserError(f"{self.name}: its text encoders give numbers that are not finite; try --mixed_precision no")
-        return text, pooled
 
     def truncated(self, caption):
         """Whether CLIP, which reads 75 tokens, does not see the end of the caption."""
@@ -133,31 +156,17 @@ class VAE:
     def encode(self, batches):
         """pixels uint8 (B, H, W, 3) tensors -> moments fp16 (B, 2, 4, h, w) on the CPU: mean, std, before the scaling factor.
 
-        IN_FLIGHT batches behind: the device works on the next ones while this one is fetched and written. A picture that half
-        precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
+        A picture that half precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
+        See in_flight.
         """
-        started = collections.deque()
-        for pixels in batches:
-            started.append((pixels, *self._start(pixels)))
-            if len(started) > IN_FLIGHT:
-                yield self._finish(*started.popleft())
-        while started:
-            yield self._finish(*started.popleft())
+        return in_flight(self._start, self._finish, batches)
 
     @torch.inference_mode()
     def _start(self, pixels):
-        """-> (moments on their way to the CPU, a function that waits for them)"""
-        on_gpu = self.vae.device.type == "cuda"
         x = pixels.to(self.vae.device, non_blocking=True)
         x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.vae.dtype, memory_format=self.layout)  # (B, 3, H, W) in -1 .. 1
         posterior = self.vae.encode(x).latent_dist
-        moments = torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16)
-        if not on_gpu:
-            return moments, lambda: None
-        fetched, arrived = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True), torch.cuda.Event()
-        fetched.copy_(moments, non_blocking=True)
-        arrived.record()
-        return fetched, arrived.synchronize
+        return pixels, *fetch(torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16))
 
     @torch.inference_mode()  # what _start made can be written only so
     def _finish(self, pixels, moments, wait):
@@ -165,11 +174,33 @@ class VAE:
         bad = [i for i, m in enumerate(moments) if not m.isfinite().all()]
         if bad and self.dtype != torch.float32:
             self.vae.to(torch.float32)
-            again, wait = self._start(pixels[bad])
+            _, again, wait = self._start(pixels[bad])
             wait()
             moments[bad] = again
             self.vae.to(self.dtype)
         return moments
+
+
+def in_flight(start, finish, batches):
+    """Yields finish(*start(batch)), IN_FLIGHT batches behind: the device works on those while this one is written."""
+    started = collections.deque()
+    for batch in batches:
+        started.append(start(batch))
+        if len(started) > IN_FLIGHT:
+            yield finish(*started.popleft())
+    while started:
+        yield finish(*started.popleft())
+
+
+def fetch(*tensors):
+    """-> the tensors, on their way to the CPU, and a function that waits until they are there"""
+    if tensors[0].device.type != "cuda":
+        return *tensors, lambda: None
+    fetched, arrived = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors], torch.cuda.Event()
+    for there, here in zip(tensors, fetched):
+        here.copy_(there, non_blocking=True)
+    arrived.record()
+    return *fetched, arrived.synchronize
 
 
 class OneHeadAttention:

@@ -1,13 +1,14 @@
 """Frozen models with fewer kernels and fewer saved activations; the same function. Skip it on a first reading.
 
-Two places of SDXL's UNet cost more memory traffic than their arithmetic is worth, 70 and 46 times; the second one, of its
-VAE as well:
+Three kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth; the last two in its VAE as well:
 
     GEGLU          value · gelu(gate), of the two halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
     group norm     then SiLU (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
+    bias           of a convolution, for which PyTorch reads and writes the whole image once more
 
-Here each keeps its input alone for the backward, which computes the rest again. With Triton each is one function of our own
-(triton_kernels.py), images are channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
+Here the first two keep their input alone for the backward, which computes the rest again, and a bias is added by the group
+norm or the addition that reads the image next. With Triton each is one function of our own (triton_kernels.py), images are
+channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
 """
 
 import importlib.util
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -35,10 +37,17 @@ def fuse(model, compiled):
             model.set_submodule(name, FusedGEGLU(module, compiled))
         elif isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
             model.set_submodule(name, FusedResnet(module, compiled))
+        elif isinstance(module, Downsample2D) and module.padding == 0:
+            model.set_submodule(name, FusedDownsample(module))
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
             model.set_submodule(name, FusedTransformer(module, compiled))
         elif isinstance(module, (UNet2DConditionModel, Encoder)):
             module.conv_norm_out, module.conv_act = FusedGroupNorm(module.conv_norm_out, True, compiled), nn.Identity()
+    for encoder in (m for m in model.modules() if isinstance(m, Encoder)):
+        blocks = encoder.down_blocks
+        before = [encoder.conv_in, *(block.downsamplers[0].conv for block in blocks[:-1])]
+        for conv, block in zip(before, blocks):
+            block.resnets[0].take_bias(conv)
     if compiled:
         model.to(memory_format=torch.channels_last)
 
@@ -80,15 +89,15 @@ class FusedGEGLU(nn.Module):
 
 
 class FusedGroupNorm(nn.Module):
-    """Group norm, and SiLU behind it."""
+    """Group norm of x + shift, and SiLU behind it; shift (C,) or (B, C) has no gradient."""
 
     def __init__(self, norm, silu, compiled):
         super().__init__()
         self.norm, self.silu, self.compiled = norm, silu, compiled
 
-    def forward(self, x):
+    def forward(self, x, shift=None):
         n = self.norm
-        return _GroupNorm.apply(x, n.weight, n.bias, n.num_groups, n.eps, self.silu, _kernels(self.compiled))
+        return _GroupNorm.apply(x, shift, n.weight, n.bias, n.num_groups, n.eps, self.silu, _kernels(self.compiled))
 
 
 class FusedResnet(nn.Module):
@@ -98,13 +107,38 @@ class FusedResnet(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (FusedGroupNorm(norm, True, compiled) for norm in (block.norm1, block.norm2))
         self.conv1, self.conv2, self.conv_shortcut = block.conv1, block.conv2, block.conv_shortcut or nn.Identity()
-        self.time_emb_proj = block.time_emb_proj
+        self.time_emb_proj, self.compiled = block.time_emb_proj, compiled
+        self.bias0, self.bias1, self.bias2 = None, _take_bias(self.conv1), _take_bias(self.conv2)
+        if block.conv_shortcut:
+            self.bias2 = _frozen(self.bias2 + _take_bias(self.conv_shortcut))
+
+    def take_bias(self, conv):
+        """Of the convolution that makes this block's x, and nothing else's."""
+        self.bias0 = _take_bias(conv)
+        self.bias2 = _frozen(self.bias2 + self.conv_shortcut(self.bias0[None, :, None, None]).flatten())
 
     def forward(self, x, temb=None):
-        h = self.conv1(self.norm1(x))
+        shift = self.bias1
         if temb is not None:  # a VAE has no timesteps
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(self.norm2(h))
+            shift = shift + self.time_emb_proj(F.silu(temb))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x, self.bias0)), shift))
+        return _Add.apply(self.conv_shortcut(x), h, self.bias2, _kernels(self.compiled))
+
+
+class FusedDownsample(nn.Module):
+    """In place of the VAE's Downsample2D, which copies the image to put zeros behind its last row and column.
+
+    The same sums without a copy: zeros at all four edges, and a kernel of 4 × 4 whose first row and column are zero.
+    """
+
+    def __init__(self, downsample):
+        super().__init__()
+        self.conv = downsample.conv
+        self.conv.weight = _frozen(F.pad(self.conv.weight, (1, 0, 1, 0)))
+        self.conv.kernel_size, self.conv.padding = (4, 4), (1, 1)
+
+    def forward(self, x):
+        return self.conv(x)
 
 
 class FusedTransformer(nn.Module):
@@ -145,19 +179,31 @@ class _GroupNorm(torch.autograd.Function):
     """The affine weights are frozen: the input alone has a gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu, kernels):
-        y, mean, rstd = kernels.group_norm(x, weight, bias, groups, eps, silu)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
+    def forward(ctx, x, shift, weight, bias, groups, eps, silu, kernels):
+        y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
         ctx.kernels, ctx.numbers = kernels, (groups, eps, silu)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.kernels.group_norm_backward(dy, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
+        return ctx.kernels.group_norm_backward(dy, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
+
+
+class _Add(torch.autograd.Function):
+    """x + y + bias. The bias is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, y, bias, kernels):
+        return kernels.add(x, y, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy, None, None
 
 
 class Plain:
-    """Both functions and their gradients in PyTorch's kernels."""
+    """The functions and their gradients in PyTorch's kernels."""
 
     @staticmethod
     def geglu(p):
@@ -175,18 +221,39 @@ class Plain:
         return dp
 
     @staticmethod
-    def group_norm(x, weight, bias, groups, eps, silu):
+    def group_norm(x, shift, weight, bias, groups, eps, silu):
         """x (B, C, h, w) -> y, and for the backward mean and 1/σ (B, groups)"""
+        x = _shifted(x, shift)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         return F.silu(y, inplace=True) if silu else y, mean, rstd
 
     @staticmethod
-    def group_norm_backward(dy, x, mean, rstd, weight, bias, groups, eps, silu):
+    def group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, eps, silu):
+        x = _shifted(x, shift)
         if silu:
             dy = torch.ops.aten.silu_backward(dy, F.group_norm(x, groups, weight, bias, eps))
         return torch.ops.aten.native_group_norm_backward(
             dy.contiguous(), x.contiguous(), mean, rstd, weight, *_sizes(x), groups, [True, False, False]
         )[0]
+
+    @staticmethod
+    def add(x, y, bias):
+        """x, y (B, C, h, w), bias (C,) -> x + y + bias"""
+        return _shifted(y, bias).add_(x)
+
+
+def _shifted(x, shift):
+    return x if shift is None else x + shift[..., None, None]
+
+
+def _take_bias(conv):
+    """The convolution's bias, which it does not have any more."""
+    bias, conv.bias = conv.bias, None
+    return bias
+
+
+def _frozen(tensor):
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def _sizes(x):

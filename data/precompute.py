@@ -14,15 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from data import buckets, check, safe
+from data.ahead import ahead
 from data.cache import INDEX, Rows, moments_name, read_index, write_index
 from data.dataset import open_examples
 from data.flags import parse
 from data.images import read_rgb
 from data.models import Model
-from data.survey import ahead, changes, image_digest, key, missing, survey
+from data.survey import EXAMPLES_AHEAD, changes, image_digest, key, missing, survey
 
 CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")  # what a resumed run must find unchanged
-CAPTIONS_AT_ONCE = 16
+CAPTIONS_AT_ONCE = 64
 BYTES_AT_ONCE = 2**23  # of one channel of pixels in the VAE's dtype: four pictures of 1024 × 1024 in half precision, or up to ...
 PICTURES_AT_ONCE = 16  # ... this many small ones
 BATCHES_AHEAD = 2  # of pictures, put together by the workers before the VAE asks for them
@@ -109,7 +110,7 @@ class Making:
             return
         self.texts.load(self.device)
         if len(self.blank):
-            blank = np.zeros((1, *self.captions.shape)) if self.zeros else encode_captions(self.texts, [""])
+            blank = np.zeros((1, *self.captions.shape)) if self.zeros else next(self.texts.encode([[""]]))
             self.captions.write(1, [([self.unconditional], blank)])
         self.captions.write(len(self.new_captions), self._captions_in_batches())
         self._stop_if_asked()
@@ -158,16 +159,24 @@ class Making:
 
     def _captions_in_batches(self):
         """Yields (keys, encoded captions) of the new ones."""
+        encoding = collections.deque()  # keys of the batches that the encoders have not given back yet
         cut, example = 0, None
-        with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
+
+        def captions():
+            nonlocal cut, example
             for batch in batches(self.new_captions, CAPTIONS_AT_ONCE):
                 if self.stop.received:
                     return
-                captions = [self.examples[int(self.rows["number"][i])].caption for i in batch]
-                long = [caption for caption in captions if self.texts.truncated(caption)]
+                texts = [self.examples[int(self.rows["number"][i])].caption for i in batch]
+                long = [text for text in texts if self.texts.truncated(text)]
                 cut, example = cut + len(long), example or next(iter(long), None)
-                yield self.rows["caption_key"][batch], encode_captions(self.texts, captions)
-                bar.update(len(batch))
+                encoding.append(self.rows["caption_key"][batch])
+                yield texts
+
+        with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
+            for encoded in self.texts.encode(captions()):
+                bar.update(len(encoded))
+                yield encoding.popleft(), encoded.numpy()
         if cut:
             print(f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}")
 
@@ -189,7 +198,7 @@ class Making:
             return number, self.rows["mirrored_key" if mirrored else "picture_key"][number], pixels[:, ::-1] if mirrored else pixels
 
         def readable():
-            for number, picture_key, result in ahead(self.pool, decode, zip(*pictures)):
+            for number, picture_key, result in ahead(self.pool, decode, zip(*pictures), EXAMPLES_AHEAD):
                 bar.update()
                 if picture_key is None:
                     self._refuse(number, result)
@@ -259,14 +268,6 @@ def places(rows, captions, moments):
         index["picture"][members] = of_size.find(rows["picture_key"][members])
         index["mirrored"][members] = of_size.find(rows["mirrored_key"][members])
     return index
-
-
-def encode_captions(texts, captions):
-    """B strings -> (B, 77 · 2048 + 1280) fp16: text, then pooled, flat."""
-    import torch
-
-    text, pooled = texts(captions)
-    return torch.cat([text.flatten(1), pooled], dim=1).half().cpu().numpy()
 
 
 def batches(items, size):

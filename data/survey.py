@@ -6,11 +6,12 @@ import hashlib
 import numpy as np
 
 from data import buckets
+from data.ahead import ahead
 from data.cache import INDEX
 from data.images import upright_size
 from data.safe import UserError
 
-AHEAD = 32  # examples read ahead of their use
+EXAMPLES_AHEAD = 32
 ROW = np.dtype(
     [
         ("number", "<i8"),  # of the example in its source
@@ -56,7 +57,7 @@ def survey(examples, settings, sizes, text_print, vae_print, pool, bad):
         return example.name, (number, plain, mirrored, caption, size, held_out, ids, mirrored_ids, image[:16], words[:16])
 
     rows, names = np.empty(len(examples), ROW), []
-    for name, row in ahead(pool, describe, range(len(examples))):
+    for name, row in ahead(pool, describe, range(len(examples)), EXAMPLES_AHEAD):
         if isinstance(row, UserError):
             bad(name, row)
         else:
@@ -100,14 +101,3 @@ def changes(rows, names, pictures, captions, before, also):
     gone = f"; {removed:,} row{'s' * (removed > 1)} removed" if removed else ""
     touched = np.union1d(captions, pictures[0])
     return f"{len(touched):,} of {len(rows):,} rows", (", ".join(reasons) or "nothing changed") + gone
-
-
-def ahead(pool, work, items, most=AHEAD):
-    """work(item) for each item in order, computed by the pool at most `most` items before it is asked for."""
-    pending = collections.deque()
-    for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > most:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -1,4 +1,4 @@
-"""The same two functions as in fused.py, each in one or two kernels of ours; read fused.py first, it says what they compute.
+"""The same functions as in fused.py, each in one to three kernels of ours; read fused.py first, it says what they compute.
 
 GEGLU reads its input once. Group norm works on channels_last images, where a pixel's channels lie side by side: sums per
 channel over a stretch of pixels, sums of those per group, then the result, each number read twice and written once.
@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-PIXELS, CHANNELS = 32, 64  # of one tile
+NUMBERS = 4096  # of one tile; of two images half as many each
+CHANNELS, SUMMED_CHANNELS = 128, 64  # of one tile
 PROGRAMS = 512  # about as many as fill a large GPU
+ROWS = 64  # of sums, at once
 COLUMNS = 1024
 
 
@@ -44,20 +46,42 @@ def _geglu(p, y, out, columns, BACKWARD: tl.constexpr, COLUMNS: tl.constexpr):
         tl.store(out + row * columns + c, value * gate * below, inside)
 
 
-def group_norm(x, weight, bias, groups, eps, silu):
+def add(x, y, bias):
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    out, (grid, tile) = torch.empty_like(x), _tiles(x, 1)
+    _add[grid](x, y, bias, out, x.shape[2] * x.shape[3], x.shape[1], *tile)
+    return out
+
+
+@triton.jit
+def _add(x, y, bias, out, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """One tile of x + y + bias."""
+    i, c = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    at = (tl.program_id(2).to(tl.int64) * pixels + i[:, None]) * channels + c[None, :]
+    mask = (i[:, None] < pixels) & (c < channels)[None, :]
+    total = tl.load(x + at, mask, 0).to(tl.float32) + tl.load(y + at, mask, 0).to(tl.float32)
+    tl.store(out + at, total + tl.load(bias + c, c < channels, 0).to(tl.float32)[None, :], mask)
+
+
+def group_norm(x, shift, weight, bias, groups, eps, silu):
     x = x.contiguous(memory_format=torch.channels_last)
-    mean, rstd = _statistics(x, x, x, x, weight, bias, groups, eps, silu, False)
-    y = torch.empty_like(x)
-    _apply[_tiles(x)](x, x, y, mean, rstd, mean, mean, weight, bias, *_sizes(x, groups), silu, False, PIXELS, CHANNELS)
+    mean, rstd = _statistics(x, shift, x, x, x, weight, bias, groups, eps, silu, False)
+    y, (grid, tile) = torch.empty_like(x), _tiles(x, 1)
+    _apply[grid](x, *_shift(shift), x, y, mean, rstd, mean, mean, weight, bias, *_sizes(x, groups), silu, False, *tile)
     return y, mean, rstd
 
 
-def group_norm_backward(dy, x, mean, rstd, weight, bias, groups, eps, silu):
+def group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, eps, silu):
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    first, second = _statistics(x, dy, mean, rstd, weight, bias, groups, eps, silu, True)
-    dx = torch.empty_like(x)
-    _apply[_tiles(x)](x, dy, dx, mean, rstd, first, second, weight, bias, *_sizes(x, groups), silu, True, PIXELS, CHANNELS)
+    first, second = _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, True)
+    dx, (grid, tile) = torch.empty_like(x), _tiles(x, 2)
+    _apply[grid](x, *_shift(shift), dy, dx, mean, rstd, first, second, weight, bias, *_sizes(x, groups), silu, True, *tile)
     return dx
+
+
+def _shift(shift):
+    """shift, and how far one image's is from the next one's"""
+    return shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
 
 
 def _sizes(x, groups):
@@ -65,25 +89,36 @@ def _sizes(x, groups):
     return x.shape[2] * x.shape[3], x.shape[1], x.shape[1] // groups
 
 
-def _tiles(x):
+def _tiles(x, images):
+    """How many tiles cover x, and pixels and channels of one, for a kernel that reads so many images."""
     pixels, channels, _ = _sizes(x, 1)
-    return triton.cdiv(pixels, PIXELS), triton.cdiv(channels, CHANNELS), len(x)
+    tall = NUMBERS // CHANNELS // images
+    return (triton.cdiv(pixels, tall), triton.cdiv(channels, CHANNELS), len(x)), (tall, CHANNELS)
 
 
-def _statistics(x, dy, mean, rstd, weight, bias, groups, eps, silu, backward):
+def _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, backward):
     """Two numbers per image and group, (B, groups) fp32 each: mean and 1/σ, or the two means that the backward subtracts."""
     pixels, channels, per_group = _sizes(x, groups)
-    across = triton.cdiv(channels, CHANNELS) * len(x)
-    stretches = max(1, min(PROGRAMS // across, triton.cdiv(pixels, PIXELS)))
-    stretch = triton.cdiv(triton.cdiv(pixels, stretches), PIXELS) * PIXELS
+    tall, across = NUMBERS // SUMMED_CHANNELS // (1 + backward), triton.cdiv(channels, SUMMED_CHANNELS)
+    stretches = max(1, min(PROGRAMS // (across * len(x)), triton.cdiv(pixels, tall)))
+    stretch = triton.cdiv(triton.cdiv(pixels, stretches), tall) * tall
     stretches = triton.cdiv(pixels, stretch)
     sums = x.new_empty(len(x), stretches, 2, channels, dtype=torch.float32)
-    grid = stretches, triton.cdiv(channels, CHANNELS), len(x)
-    _sums[grid](x, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, silu, backward, PIXELS, CHANNELS)
+    numbers = pixels, channels, per_group, stretch, silu, backward, tall, SUMMED_CHANNELS
+    _sums[stretches, across, len(x)](x, *_shift(shift), dy, sums, mean, rstd, weight, bias, *numbers)
     first, second = x.new_empty(2, len(x), groups, dtype=torch.float32)
     width = triton.next_power_of_2(per_group)
-    _reduce[groups, len(x)](sums, first, second, stretches, channels, per_group, pixels * per_group, eps, backward, 16, width)
+    _reduce[groups, len(x)](sums, first, second, stretches, channels, per_group, pixels * per_group, eps, backward, ROWS, width)
     return first, second
+
+
+@triton.jit
+def _load(x, shift, stride, image, at, c, mask, inside):
+    """x + shift, 0 outside"""
+    v = tl.load(x + at, mask, 0).to(tl.float32)
+    if shift is not None:
+        v = tl.where(mask, v + tl.load(shift + image * stride + c, inside, 0).to(tl.float32)[None, :], 0)
+    return v
 
 
 @triton.jit
@@ -97,12 +132,12 @@ def _gradient(x, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
     return normal, dy * weight
 
 
-@triton.jit(do_not_specialize=["per_group", "stretch"])
-def _sums(x, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["stride", "per_group", "stretch"])
+def _sums(x, shift, stride, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
     """Per channel over one stretch of pixels: Σ x and Σ x², or for BACKWARD Σ g and Σ g x̂."""
     c, image = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2).to(tl.int64)
     inside = c < channels
-    first, second = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    first, second = tl.zeros((PIXELS, CHANNELS), tl.float32), tl.zeros((PIXELS, CHANNELS), tl.float32)
     if BACKWARD:
         group = image * (channels // per_group) + c // per_group
         m, s = tl.load(mean + group, inside, 0)[None, :], tl.load(rstd + group, inside, 0)[None, :]
@@ -111,15 +146,15 @@ def _sums(x, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, st
         i = tl.program_id(0) * stretch + start + tl.arange(0, PIXELS)
         at = (image * pixels + i[:, None]) * channels + c[None, :]
         mask = (i[:, None] < pixels) & inside[None, :]
-        v = tl.load(x + at, mask, 0).to(tl.float32)
+        v = _load(x, shift, stride, image, at, c, mask, inside)
         if BACKWARD:
             normal, g = _gradient(v, tl.load(dy + at, mask, 0).to(tl.float32), m, s, w, b, SILU)
-            first, second = first + tl.sum(g, 0), second + tl.sum(g * normal, 0)
+            first, second = first + g, second + g * normal
         else:
-            first, second = first + tl.sum(v, 0), second + tl.sum(v * v, 0)
+            first, second = first + v, second + v * v
     at = (image * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
-    tl.store(sums + at, first, inside)
-    tl.store(sums + at + channels, second, inside)
+    tl.store(sums + at, tl.sum(first, 0), inside)
+    tl.store(sums + at + channels, tl.sum(second, 0), inside)
 
 
 @triton.jit(do_not_specialize=["per_group", "stretches", "count"])
@@ -139,8 +174,8 @@ def _reduce(sums, first, second, stretches, channels, per_group, count, eps, BAC
     tl.store(second + image * tl.num_programs(0) + group, b)
 
 
-@triton.jit(do_not_specialize=["per_group"])
-def _apply(x, dy, out, mean, rstd, first, second, weight, bias, pixels, channels, per_group, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["stride", "per_group"])
+def _apply(x, shift, stride, dy, out, mean, rstd, first, second, weight, bias, pixels, channels, per_group, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
     """One tile: y, or for BACKWARD x's gradient."""
     i, c = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     image, inside = tl.program_id(2).to(tl.int64), c < channels
@@ -149,7 +184,7 @@ def _apply(x, dy, out, mean, rstd, first, second, weight, bias, pixels, channels
     w, b = tl.load(weight + c, inside, 0).to(tl.float32)[None, :], tl.load(bias + c, inside, 0).to(tl.float32)[None, :]
     at = (image * pixels + i[:, None]) * channels + c[None, :]
     mask = (i[:, None] < pixels) & inside[None, :]
-    v = tl.load(x + at, mask, 0).to(tl.float32)
+    v = _load(x, shift, stride, image, at, c, mask, inside)
     if BACKWARD:
         normal, g = _gradient(v, tl.load(dy + at, mask, 0).to(tl.float32), m, s, w, b, SILU)
         y = s * (g - tl.load(first + group, inside, 0)[None, :] - normal * tl.load(second + group, inside, 0)[None, :])

@@ -326,11 +326,10 @@ def cached(tmp_path_factory, pictures):
 @pytest.fixture
 def done(monkeypatch):
     """What is encoded from here on: captions, and pixels (H, W, 3) of pictures."""
-    from data import precompute
-    from data.encoders import VAE
+    from data.encoders import VAE, TextEncoders
 
     done = dict(captions=[], pictures=[])
-    captions, start = precompute.encode_captions, VAE._start
-    monkeypatch.setattr(precompute, "encode_captions", lambda texts, some: (done["captions"].extend(some), captions(texts, some))[1])
+    captions, start = TextEncoders._start, VAE._start
+    monkeypatch.setattr(TextEncoders, "_start", lambda self, some: (done["captions"].extend(some), captions(self, some))[1])
     monkeypatch.setattr(VAE, "_start", lambda self, pixels: (done["pictures"].extend(pixels.numpy()), start(self, pixels))[1])
     return done

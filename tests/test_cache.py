@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -88,19 +90,24 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(cut_rows, cut_keys, tmp_
 
 
 def test_rows_are_committed_as_time_goes_by(tmp_path, monkeypatch):
-    """A batch that comes a second after the last commit is committed, with all before it; the disk is not asked each time."""
-    now, counts = [0.0], []
+    """What a second after the last commit is there is committed, before the end; the disk is not asked each time."""
+    now, asked, seen, real = [0.0], [], [], os.fdatasync
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (asked.append(fd), real(fd)))
 
     def slowly():
-        for n in range(1, 7):
-            counts.append(len(rows(tmp_path)))
-            now[0] += 0.4
+        for n in range(1, 9):
+            now[0] = 1.5 if n > 4 else 0.4
+            if n in (4, 8):  # written while the next one is made: wait for those before it
+                deadline = time.time() + (5 if n == 8 else 0.2)
+                while not (count := len(rows(tmp_path))) and time.time() < deadline:
+                    time.sleep(0.01)
+                seen.append(count)
             yield batch_of([n])
 
-    rows(tmp_path).write(6, slowly())
-    assert counts == [0, 0, 0, 3, 3, 3]  # at 1.2 s; the next would be at 2.4 s
-    assert len(rows(tmp_path)) == 6
+    rows(tmp_path).write(8, slowly())
+    assert seen[0] == 0 and 3 <= seen[1] < 8
+    assert len(asked) == 2 * 2 and len(rows(tmp_path)) == 8  # twice: rows, keys
 
 
 def test_what_came_before_an_error_is_committed(tmp_path):
@@ -116,6 +123,26 @@ def test_what_came_before_an_error_is_committed(tmp_path):
     again = rows(tmp_path)
     assert [position(again, n) for n in range(1, 7)] == [0, 1, 2, 3, -1, -1]
     assert np.array_equal(again[3], values(4)[0])
+
+
+def test_a_row_that_cannot_be_written_leaves_no_hole(tmp_path, monkeypatch):
+    """The batch behind it is on its way to the disk already; one place further, each of its keys would be another row's."""
+    calls, real = [], zlib.crc32
+
+    def failing(row):
+        calls.append(row)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(row)
+
+    monkeypatch.setattr(zlib, "crc32", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        rows(tmp_path).write(6, (batch_of([n, n + 1]) for n in (1, 3, 5)))
+    monkeypatch.undo()
+    again = rows(tmp_path)
+    there = [n for n in range(1, 7) if position(again, n) >= 0]
+    assert 1 in there and 2 not in there
+    assert all(np.array_equal(again[position(again, n)], values(n)[0]) for n in there)
 
 
 def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):

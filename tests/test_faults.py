@@ -36,7 +36,7 @@ from safetensors.torch import load, load_file, save_file
 import infer.compare  # and train.loop: imported before the processes are forked, or each would do it again
 import train.loop  # noqa: F401
 from data.cache import Cache
-from data.encoders import VAE
+from data.encoders import VAE, TextEncoders
 from data.precompute import Making
 from data.safe import UserError
 from train.batches import chosen
@@ -221,11 +221,8 @@ def test_no_temporary_file_of_a_killed_save_stays(fresh, log, slow_disk):
 def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(pictures, tmp_path, log, small_batches, slow_disk, monkeypatch):
     """While captions or pictures are encoded, or the index is written: the finished cache has the same bytes."""
     precompute(tmp_path / "whole", pictures, "--random_flip")
-    from data import precompute as module
-
-    for owner, name in ((VAE, "_start"), (module, "encode_captions")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, real=real: (time.sleep(0.03), real(*a))[1])
+    for encoder in (VAE, TextEncoders):
+        monkeypatch.setattr(encoder, "_start", lambda *a, real=encoder._start: (time.sleep(0.03), real(*a))[1])
     slow_disk(0.03)
     began = time.monotonic()
     assert precomputer(tmp_path / "timed", pictures, log, "--random_flip").wait() == 0
@@ -357,10 +354,9 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
 def test_a_signal_while_captions_are_encoded_keeps_those_that_are(signum, code, pictures, tmp_path, log, small_batches, monkeypatch):
     """Ten thousand captions take minutes too; the VAE is not even loaded for the end."""
     precompute(tmp_path / "whole", pictures)
-    from data import precompute as module
-
-    run, real = tmp_path / "run", module.encode_captions
-    monkeypatch.setattr(module, "encode_captions", lambda *a: (time.sleep(0.1), real(*a))[1])
+    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
+    run, real = tmp_path / "run", TextEncoders._start
+    monkeypatch.setattr(TextEncoders, "_start", lambda *a: (time.sleep(0.1), real(*a))[1])
     process = precomputer(run, pictures, log)
     when(lambda: lines_of_keys(run, "captions") >= 3, process)  # the unconditional and the first two
     process.send(signum)

@@ -70,7 +70,7 @@ def test_each_keeps_its_input_alone():
     bytes_kept, y = kept(lambda p: fused._GEGLU.apply(p, Plain), p)
     assert bytes_kept == 0 and y.requires_grad
     x, weight = torch.randn(2, 32, 16, 16, requires_grad=True), torch.randn(32)
-    bytes_kept, y = kept(lambda x: fused._GroupNorm.apply(x, weight, weight, 8, 1e-5, True, Plain), x)
+    bytes_kept, y = kept(lambda x: fused._GroupNorm.apply(x, None, weight, weight, 8, 1e-5, True, Plain), x)
     assert bytes_kept <= 2 * 2 * 8 * 4 + weight.nbytes and y.requires_grad  # mean and 1/σ; the weight is there anyway
 
 
@@ -80,7 +80,10 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda p: fused._GEGLU.apply(p, Plain), p)
     x, weight, bias = rand(2, 6, 3, 2).requires_grad_(), rand(6), rand(6)
     for silu in (True, False):
-        assert torch.autograd.gradcheck(lambda x: fused._GroupNorm.apply(x, weight, bias, 3, 1e-5, silu, Plain), x)
+        for shift in (None, weight, rand(2, 6)):
+            assert torch.autograd.gradcheck(lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu, Plain), x)
+    y = rand(2, 6, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: fused._Add.apply(x, y, bias, Plain), (x, y))
 
 
 def test_without_a_gpu_compiled_kernels_are_refused_or_left_out():
@@ -135,20 +138,33 @@ def test_tritons_geglu_equals_fp64(dtype, limit):
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tritons_group_norm_equals_fp64(shape, dtype, limit, silu):
+@pytest.mark.parametrize("shift", ["none", "one", "each"])
+def test_tritons_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
     """With a mean several deviations from zero, where sums of squares cancel, against autograd of PyTorch's own."""
     from data import triton_kernels
 
     *size, groups = shape
     x = (torch.randn(size, device="cuda") * 2 + 6).to(dtype)
     weight, bias, dy = (torch.randn(s, device="cuda").to(dtype) for s in (size[1], size[1], size))
-    y, mean, rstd = triton_kernels.group_norm(x, weight, bias, groups, 1e-5, silu)
-    dx = triton_kernels.group_norm_backward(dy, x, mean, rstd, weight, bias, groups, 1e-5, silu)
+    shift = dict(none=None, one=weight * 3, each=torch.randn(size[:2], device="cuda").to(dtype) * 3)[shift]
+    y, mean, rstd = triton_kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)
+    dx = triton_kernels.group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, 1e-5, silu)
     exact = x.double().requires_grad_()
-    wanted = F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
+    shifted = exact if shift is None else exact + shift.double()[..., None, None]
+    wanted = F.group_norm(shifted, groups, weight.double(), bias.double(), 1e-5)
     wanted = F.silu(wanted) if silu else wanted
     (gradient,) = torch.autograd.grad(wanted, exact, dy.double())
     assert off(y, wanted.detach()) < limit and off(dx, gradient) < limit
     assert y.is_contiguous(memory_format=torch.channels_last)
-    again = triton_kernels.group_norm_backward(dy, x, mean, rstd, weight, bias, groups, 1e-5, silu)
+    again = triton_kernels.group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, 1e-5, silu)
     assert torch.equal(dx, again)  # no order of additions is left to chance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tritons_addition_equals_fp64(shape, dtype, limit):
+    from data import triton_kernels
+
+    x, y, bias = (torch.randn(s, device="cuda").to(dtype) for s in (shape[:4], shape[:4], shape[1]))
+    assert off(triton_kernels.add(x, y, bias), Plain.add(x.double(), y.double(), bias.double())) < limit

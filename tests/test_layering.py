@@ -9,7 +9,7 @@ from conftest import ROOT
 MAY = {
     "data": {"data"},
     "lora": {"lora", "data.safe"},
-    "train": {"train", "lora", "data.cache", "data.sampler", "data.safe", "data.flags", "data.models", "data.fused", "data.check", "infer.sample"},
+    "train": {"train", "lora", "data.cache", "data.sampler", "data.ahead", "data.safe", "data.flags", "data.models", "data.fused", "data.check", "infer.sample"},
     "infer": {"infer", "lora", "data.safe", "data.check", "data.flags", "data.models", "data.cache", "data.encoders"},
 }
 FILES = [path for package in MAY for path in sorted((ROOT / package).glob("*.py"))]

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from data import sampler
+from data.ahead import ahead
 from train import diffusion
 
 
@@ -14,13 +15,7 @@ def batches(cache, settings, signal, start):
     """The micro-batches from step `start` on, in order, each drawn while the one before it trains."""
     slots = ((step, slot) for step in range(start, settings.max_train_steps) for slot in range(settings.gradient_accumulation_steps))
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for step, slot in slots:
-            ready, coming = coming, pool.submit(draw, cache, settings, signal, step, slot)
-            if ready:
-                yield ready.result()
-        if coming:
-            yield coming.result()
+        yield from ahead(pool, lambda at: draw(cache, settings, signal, *at), slots, 1)
 
 
 def draw(cache, settings, signal, step, slot):

@@ -6,6 +6,7 @@ At SDXL's size with random weights on a GPU, else with the toy's small pipeline 
 import argparse
 import io
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,10 +22,10 @@ from data.precompute import main as precompute
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 
-def seconds(work, repeats, device):
-    """Median seconds of work() after a warm-up."""
-    times = []
-    for i in range(repeats + 2):
+def seconds(work, least, device):
+    """Median seconds of work() after a warm-up, over `least` seconds and more: a GPU slows down when it has been busy for a second."""
+    times, ends = [], time.perf_counter() + least
+    while time.perf_counter() < ends or len(times) < 3:
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -32,7 +33,7 @@ def seconds(work, repeats, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return float(np.median(times[2:]))
+    return float(np.median(times[len(times) // 2 :]))
 
 
 def one_at_a_time(model, precision, pictures, resolution, device):
@@ -60,7 +61,7 @@ def plain_vae(model, precision, device):
     return load(AutoencoderKL, model.part("vae"), VAE(model, precision).dtype, device)
 
 
-def vae_alone(model, precision, resolution, device, repeats):
+def vae_alone(model, precision, resolution, device, least):
     """{arrangement: images/s} of the VAE encoder on pixels that are on the device already."""
     rates = {}
     for name in ("ours", "diffusers"):
@@ -72,7 +73,7 @@ def vae_alone(model, precision, resolution, device, repeats):
         for batch in (1, 2, 4, 8):
             x = (torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1).to(vae.dtype, memory_format=layout)
             with torch.inference_mode():
-                took = seconds(lambda: vae.encode(x).latent_dist.mean, repeats, device)
+                took = seconds(lambda: vae.encode(x).latent_dist.mean, least, device)
             rates[f"{name}, batch {batch}"] = batch / took
             print(f"{name}, batch {batch}: {batch / took:.1f} images/s", flush=True)
     return rates
@@ -89,17 +90,18 @@ def main():
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
     args.toy |= device.type == "cpu"
-    name, resolution, precision, counts = (TOY, 128, "no", (4, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (32, 512))
+    name, resolution, precision, counts = (TOY, 128, "no", (8, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (64, 1088))
     if not args.toy:
         make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
     model = Model(str(name), None, None if args.toy else "fp16")
     for count in counts:
         make_pictures(work / str(count), count, resolution * 5 // 4)
+    os.sync()  # or the disk is still writing them when precompute wants it
     results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__)
 
     pictures = [path.read_bytes() for path in sorted((work / str(counts[0])).glob("*.jpg"))][:14]
     results["one_at_a_time"] = one_at_a_time(model, precision, pictures, resolution, device)
-    results["vae_alone"] = vae_alone(model, precision, resolution, device, 1 if args.toy else 6)
+    results["vae_alone"] = vae_alone(model, precision, resolution, device, 0 if args.toy else 3)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
