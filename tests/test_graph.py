@@ -74,7 +74,8 @@ def trained(cached, tmp_path, name, *flags):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_path, precision):
+def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_path, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its rounding differs between two layouts by as much as fp16's
     runs = {
         name: trained(cached, tmp_path, name, "--mixed_precision", precision, *flags)
         for name, flags in {
@@ -84,10 +85,11 @@ def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_
             "plain": ["--compile", "off"],
         }.items()
     }
-    tolerance = dict(no=1e-3, fp16=5e-3, bf16=5e-2)[precision]
+    tolerance = dict(no=1e-4, fp16=5e-3, bf16=5e-2)[precision]
     for name, run in runs.items():
         for fact in ("loss", "grad_norm"):
-            assert [m[fact] for m in run] == pytest.approx([m[fact] for m in runs["eager"]], rel=tolerance), (name, fact)
+            off = [abs(m[fact] / e[fact] - 1) for m, e in zip(run, runs["eager"])]
+            assert max(off) < tolerance, (name, fact, off)
 
 
 @pytest.mark.gpu
