@@ -30,7 +30,7 @@ from data.ahead import ahead
 from data.safe import MachineError, UserError, atomic_write, naming, sha256_file
 
 VERSION = 2
-COMMIT_SECONDS = 1  # what a killed writer has to do again at most
+COMMIT_SECONDS = 1  # what a killed writer has to do again, beside what the encoders have under way
 KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
 INDEX = np.dtype(
     [
@@ -134,21 +134,25 @@ class Rows:
 
 
 class _Writer:
-    """Rows on their way into their two open files."""
+    """Rows on their way into their two open files. After a first error nothing more is written: the disk cannot be trusted."""
 
     def __init__(self, rows, data, index):
-        self.rows, self.data, self.index = rows, data, index
+        self.rows, self.data, self.index, self.fine = rows, data, index, True
         self.end, self.written, self.committed = len(rows), {}, time.monotonic()  # written: {place: its key, not on disk yet}
 
     def put(self, batch):
-        keys, values = batch
+        if not self.fine:
+            return
+        (keys, values), end, written, self.fine = batch, self.end, {}, False
         values = np.ascontiguousarray(values, np.float16)
         for place, key, row in zip(self.rows.find(np.array(keys, "S32")).tolist(), keys, values):
-            place = self.end if place < 0 else place
+            if place < 0:
+                place, end = end, end + 1
             self.data.seek(place * self.rows.row_bytes)
-            self.data.write(row.tobytes())
-            self.written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
-            self.end = max(self.end, place + 1)
+            self.data.write(row)
+            written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
+        self.end, self.fine = end, True
+        self.written |= written
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
 
@@ -156,8 +160,9 @@ class _Writer:
         """Bytes first, then the keys that make them count; new ones all at once, so that no kill parts a batch: how a picture
         is rounded depends on those that it is encoded with, and the rest must be encoded as if nothing was."""
         written, index = self.written, self.index.fileno()
-        if not written:
+        if not written or not self.fine:
             return
+        self.fine = False
         self.data.flush()
         os.fdatasync(self.data.fileno())
         with naming(self.rows.keys_path):
@@ -169,7 +174,7 @@ class _Writer:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(index)
         written.clear()
-        self.committed = time.monotonic()
+        self.committed, self.fine = time.monotonic(), True
 
 
 def write_index(folder, index, names, manifest):

@@ -72,7 +72,7 @@ class TextEncoders:
 
         Raises UserError when a number is not finite.
         """
-        return in_flight(self._start, self._finish, batches)
+        return in_flight(self._start, self._finish, batches, self.encoders[0].device)
 
     @torch.inference_mode()
     def _states(self, captions):
@@ -80,7 +80,7 @@ class TextEncoders:
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             length = self.text_shape[0]
             ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-            out = encoder(ids.to(encoder.device), output_hidden_states=True)
+            out = encoder(ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
         return torch.cat(hidden, dim=-1), out.text_embeds
 
@@ -96,7 +96,8 @@ class TextEncoders:
 
     def _check(self, finite):
         if not finite:
-            raise UserError(f"{self.name}: its text encoders give numbers that are not finite; try --mixed_precision no")
+            what_to_do = "use another model" if self.dtype == torch.float32 else "try --mixed_precision no"
+            raise UserError(f"{self.name}: its text encoders give numbers that are not finite; {what_to_do}")
 
     def truncated(self, caption):
         """Whether CLIP, which reads 75 tokens, does not see the end of the caption."""
@@ -159,7 +160,7 @@ class VAE:
         A picture that half precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
         See in_flight.
         """
-        return in_flight(self._start, self._finish, batches)
+        return in_flight(self._start, self._finish, batches, self.vae.device)
 
     @torch.inference_mode()
     def _start(self, pixels):
@@ -181,12 +182,12 @@ class VAE:
         return moments
 
 
-def in_flight(start, finish, batches):
-    """Yields finish(*start(batch)), IN_FLIGHT batches behind: the device works on those while this one is written."""
-    started = collections.deque()
+def in_flight(start, finish, batches, device):
+    """Yields finish(*start(batch)), on a GPU IN_FLIGHT batches behind: it works on those while this one is written."""
+    started, most = collections.deque(), IN_FLIGHT if device.type == "cuda" else 0
     for batch in batches:
         started.append(start(batch))
-        if len(started) > IN_FLIGHT:
+        if len(started) > most:
             yield finish(*started.popleft())
     while started:
         yield finish(*started.popleft())

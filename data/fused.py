@@ -38,14 +38,14 @@ def fuse(model, compiled):
         elif isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default":
             model.set_submodule(name, FusedResnet(module, compiled))
         elif isinstance(module, Downsample2D) and module.padding == 0:
-            model.set_submodule(name, FusedDownsample(module))
+            model.set_submodule(name, _without_copy(module.conv))
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
             model.set_submodule(name, FusedTransformer(module, compiled))
         elif isinstance(module, (UNet2DConditionModel, Encoder)):
             module.conv_norm_out, module.conv_act = FusedGroupNorm(module.conv_norm_out, True, compiled), nn.Identity()
     for encoder in (m for m in model.modules() if isinstance(m, Encoder)):
         blocks = encoder.down_blocks
-        before = [encoder.conv_in, *(block.downsamplers[0].conv for block in blocks[:-1])]
+        before = [encoder.conv_in, *(block.downsamplers[0] for block in blocks[:-1])]
         for conv, block in zip(before, blocks):
             block.resnets[0].take_bias(conv)
     if compiled:
@@ -123,22 +123,6 @@ class FusedResnet(nn.Module):
             shift = shift + self.time_emb_proj(F.silu(temb))
         h = self.conv2(self.norm2(self.conv1(self.norm1(x, self.bias0)), shift))
         return _Add.apply(self.conv_shortcut(x), h, self.bias2, _kernels(self.compiled))
-
-
-class FusedDownsample(nn.Module):
-    """In place of the VAE's Downsample2D, which copies the image to put zeros behind its last row and column.
-
-    The same sums without a copy: zeros at all four edges, and a kernel of 4 × 4 whose first row and column are zero.
-    """
-
-    def __init__(self, downsample):
-        super().__init__()
-        self.conv = downsample.conv
-        self.conv.weight = _frozen(F.pad(self.conv.weight, (1, 0, 1, 0)))
-        self.conv.kernel_size, self.conv.padding = (4, 4), (1, 1)
-
-    def forward(self, x):
-        return self.conv(x)
 
 
 class FusedTransformer(nn.Module):
@@ -250,6 +234,16 @@ def _take_bias(conv):
     """The convolution's bias, which it does not have any more."""
     bias, conv.bias = conv.bias, None
     return bias
+
+
+def _without_copy(conv):
+    """In place of the VAE's Downsample2D, which copies the image to put zeros behind its last row and column.
+
+    The same sums with zeros at all four edges and a kernel of 4 × 4 whose first row and column are zero.
+    """
+    conv.weight = _frozen(F.pad(conv.weight, (1, 0, 1, 0)))
+    conv.kernel_size, conv.padding = (4, 4), (1, 1)
+    return conv
 
 
 def _frozen(tensor):

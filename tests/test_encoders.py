@@ -71,17 +71,19 @@ def test_truncated_captions_are_known(texts):
     assert [texts.truncated(c) for c in CAPTIONS] == [False, False, False, False, True]
 
 
-def test_moments_equal_autoencoderkls_posterior(pipeline):
-    """Pixels in -1 .. 1, mean and standard deviation (not variance, not its logarithm), no scaling factor yet."""
-    vae = VAE(Model(str(PIPELINE)), "no").load(CPU)
-    pixels = torch.randint(0, 256, (3, 64, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (moments,) = vae.encode([pixels])
-    assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
-    with torch.no_grad():
-        x = pipeline.image_processor.preprocess(pixels.numpy().astype(np.float32) / 255)
-        posterior = pipeline.vae.encode(x).latent_dist
-    torch.testing.assert_close(moments[:, 0].float(), posterior.mean, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(moments[:, 1].float(), posterior.std, rtol=2e-3, atol=1e-6)
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+def test_moments_equal_autoencoderkls_posterior(device, pipeline, monkeypatch):
+    """Pixels in -1 .. 1, mean and standard deviation (not variance, not its logarithm), no scaling factor yet; batch by batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    vae = VAE(Model(str(PIPELINE)), "no").load(device)
+    batches = [np.random.default_rng(i).integers(0, 256, (3, 64, 128, 3), np.uint8) for i in range(5)]
+    for pixels, moments in zip(batches, vae.encode(map(vae.stage, batches)), strict=True):
+        assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
+        with torch.no_grad():
+            x = pipeline.image_processor.preprocess(pixels.astype(np.float32) / 255)
+            posterior = pipeline.vae.encode(x).latent_dist
+        torch.testing.assert_close(moments[:, 0].float(), posterior.mean, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(moments[:, 1].float(), posterior.std, rtol=2e-3, atol=1e-6)
 
 
 def test_sdxls_own_vae_is_not_run_in_fp16():

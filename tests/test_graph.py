@@ -88,7 +88,7 @@ def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_
     tolerance = dict(no=1e-4, fp16=5e-3, bf16=5e-2)[precision]
     for name, run in runs.items():
         for fact in ("loss", "grad_norm"):
-            off = [abs(m[fact] / e[fact] - 1) for m, e in zip(run, runs["eager"])]
+            off = [abs(m[fact] / e[fact] - 1) for m, e in zip(run, runs["eager"], strict=True)]
             assert max(off) < tolerance, (name, fact, off)
 
 

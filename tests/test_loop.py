@@ -88,7 +88,8 @@ def test_three_steps_equal_a_plain_loop(fresh, unet):
     assert max(norms) > 0.05  # the clipping was at work
     adapters.vector.data.copy_(vector(fresh, 3))
     for master, plain in zip(adapters.masters, adapters.parameters):
-        torch.testing.assert_close(master, plain.detach(), rtol=1e-3, atol=1e-3)  # of 0.03; AdamW makes much of small gradients
+        off = (master - plain.detach()).abs()  # of 0.03; AdamW makes much of a gradient near zero
+        assert off.max() < 1e-3 and (off > 1e-4).double().mean() < 0.01
 
 
 def test_it_learns(run):

@@ -23,7 +23,8 @@ from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 
 def seconds(work, least, device):
-    """Median seconds of work() after a warm-up, over `least` seconds and more: a GPU slows down when it has been busy for a second."""
+    """Median seconds of work() after `least` / 2 seconds of it: a GPU slows down when it has been busy for a second."""
+    work()
     times, ends = [], time.perf_counter() + least
     while time.perf_counter() < ends or len(times) < 3:
         if device.type == "cuda":
