@@ -181,7 +181,7 @@ def write_index(folder, index, names, manifest):
     """Commit a cache: the index, the names, and last of all the manifest. Without changes, nothing is written."""
     folder, npy = Path(folder), io.BytesIO()
     np.save(npy, index)
-    files = {"index.npy": npy.getvalue(), "names.txt": "".join(name + "\n" for name in names).encode()}
+    files = {"index.npy": npy.getbuffer(), "names.txt": "".join(name + "\n" for name in names).encode()}
     digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
     manifest = {"version": VERSION, **manifest, "files": digests}
     text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)

@@ -72,7 +72,7 @@ class TextEncoders:
 
         Raises UserError when a number is not finite.
         """
-        return in_flight(self._start, self._finish, batches, self.encoders[0].device)
+        return in_flight(self._start, self._finish, batches)
 
     @torch.inference_mode()
     def _states(self, captions):
@@ -160,7 +160,7 @@ class VAE:
         A picture that half precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
         See in_flight.
         """
-        return in_flight(self._start, self._finish, batches, self.vae.device)
+        return in_flight(self._start, self._finish, batches)
 
     @torch.inference_mode()
     def _start(self, pixels):
@@ -182,9 +182,9 @@ class VAE:
         return moments
 
 
-def in_flight(start, finish, batches, device):
+def in_flight(start, finish, batches):
     """Yields finish(*start(batch)), on a GPU IN_FLIGHT batches behind: it works on those while this one is written."""
-    started, most = collections.deque(), IN_FLIGHT if device.type == "cuda" else 0
+    started, most = collections.deque(), IN_FLIGHT if torch.cuda.is_available() else 0
     for batch in batches:
         started.append(start(batch))
         if len(started) > most:

@@ -73,6 +73,14 @@ def missing(keys, rows):
     return first[[place < 0 or not rows.good(place) for place in rows.find(keys[first])]]
 
 
+def told_apart(names):
+    """The names, with a number behind those that were there before: one picture may have several captions."""
+    seen = collections.Counter()
+    for name in names:
+        seen[name] += 1
+        yield f"{name}\n{seen[name]}" if seen[name] > 1 else name  # no name has two lines
+
+
 def changes(rows, names, pictures, captions, before, also):
     """What is to be encoded and why: ("3 of 1,221 rows", "2 captions changed, 1 image new; 1 row removed").
 
@@ -80,7 +88,7 @@ def changes(rows, names, pictures, captions, before, also):
     cache as it is, or None; also: reasons beside those of the rows.
     """
     index, old_names = before or (np.empty(0, INDEX), [])
-    old = {name: i for i, name in enumerate(old_names)}
+    names, old = list(told_apart(names)), {name: i for i, name in enumerate(told_apart(old_names))}
 
     def reason(noun, number, mirrored=False):
         was = old.get(names[number])

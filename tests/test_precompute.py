@@ -64,6 +64,16 @@ def test_text_is_the_captions(run):
     np.testing.assert_allclose(batch["pooled"], pooled, rtol=2e-3, atol=2e-3)
 
 
+def test_one_picture_with_several_captions_is_several_rows(source, tmp_path, capsys):
+    """Told by its name alone, its second caption would be its first one changed, and neither would ever be removed."""
+    precompute(tmp_path / "run", source)
+    for more, why in ((["another"], "1 caption new"), (["another", "a third"], "1 caption new"), (["other"], "1 caption changed; 1 row removed")):
+        edit_captions(source, lambda rows: rows[:PICTURES] + [dict(rows[3], text=text) for text in more])
+        capsys.readouterr()
+        precompute(tmp_path / "run", source)
+        assert f"1 of {PICTURES + len(more)} rows to encode: {why}; 0 MiB" in capsys.readouterr().out
+
+
 def test_one_edited_caption_encodes_one_caption(fresh, source, run, capsys):
     edit_captions(source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)])
     before = rows_files(fresh)
