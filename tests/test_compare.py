@@ -52,6 +52,7 @@ def test_the_update_shows_and_the_command_equals_the_function(run, trained):
     assert first["baseline_0.png"].shape == (64, 64, 3)  # the size the cache was made at
 
 
+@pytest.mark.slow
 def test_other_prompts_beside_it_change_no_pixel(run, trained):
     """Noise from one generator for all would make every picture depend on the order of the prompts."""
     first, turned = pictures(run.folder), compare(trained, "something else", *PROMPTS[::-1])
@@ -90,6 +91,7 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
             assert difference(theirs, Image.open(run.folder / "compare" / f"{name}_{i}.png")) < 0.1
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_call_with_more_prompts_go(trained):
     compare(trained, "one", "two", num_inference_steps=1)
     (trained / "compare" / "notes.png").write_bytes((trained / "compare" / "grid.png").read_bytes())
@@ -144,6 +146,7 @@ def test_base_and_vae_come_from_the_manifest_unless_named(run, tmp_path):
         names(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lora_of_another_base_is_said(run, trained, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(PIPELINE, other)

@@ -350,7 +350,7 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
     assert content(run) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_while_captions_are_encoded_keeps_those_that_are(signum, code, pictures, tmp_path, log, small_batches, monkeypatch):
     """Ten thousand captions take minutes too; the VAE is not even loaded for the end."""
     precompute(tmp_path / "whole", pictures)
@@ -816,6 +816,7 @@ def test_a_hub_that_refuses_the_token_does_not_make_us_print_it(source, pictures
 ODD = ("../x", "/nowhere/passwd", "two\nlines", "n" * 300, "<lora:x:1>")
 
 
+@pytest.mark.slow
 def test_a_runs_folder_of_any_name_holds_all_that_is_written(pictures, tmp_path, monkeypatch):
     """Upwards, with a line's end, 350 characters, a tag of a web UI: nothing lands beside it, nor where the command was started."""
     (tmp_path / "cwd").mkdir()

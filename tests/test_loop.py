@@ -210,7 +210,7 @@ def same_as_uninterrupted(folder, run):
     assert [m["loss"] for m in metrics(folder)] == [m["loss"] for m in metrics(run.folder)]
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_kill_9_at_a_step_and_run_again(step, fresh, run, tmp_path):
     """A real process, killed when the step's line is in metrics.jsonl: before, after and while saving."""
     process = Forked("train", ("--output_dir", fresh, *TRAIN), tmp_path / "log")
@@ -233,7 +233,7 @@ def test_killed_again_and_again(fresh, run, tmp_path):
     same_as_uninterrupted(fresh, run)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_and_the_same_command_goes_on(signum, code, fresh, run, tmp_path):
     process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 100), tmp_path / "log")
     when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)

@@ -57,6 +57,7 @@ def test_the_variant_is_taken_where_there_is_one(model):
         Model(str(model)).part("unet")
 
 
+@pytest.mark.slow
 def test_shards_are_read_together(model, _toy_unet):
     tensors = load_file(weights(model))
     names = sorted(tensors)

@@ -198,7 +198,7 @@ def test_a_second_signal_ends_at_once(first, second):
     assert code == -second and "saved" not in out and time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_something_is_printed(signum):
     """Its own line, printed in the middle of a progress bar's, was a RuntimeError in the middle of a step."""
     code = """

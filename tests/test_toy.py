@@ -80,6 +80,7 @@ def test_sheet_keeps_the_pictures():
 # ---- The fine-tuning set
 
 
+@pytest.mark.slow
 def test_the_set_is_complete_repeatable_and_silent_about_its_style(tmp_path):
     assert draw.draw_set(tmp_path / "a") and draw.draw_set(tmp_path / "b")
     rows = [json.loads(line) for line in (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()]
@@ -93,6 +94,7 @@ def test_the_set_is_complete_repeatable_and_silent_about_its_style(tmp_path):
         assert Image.open(tmp_path / "a" / row["file_name"]).tobytes() == render(scene, "ink", seed).tobytes()
 
 
+@pytest.mark.slow
 def test_a_complete_set_is_left_alone_and_an_unfinished_one_is_drawn(tmp_path):
     draw.draw_set(tmp_path)
     (tmp_path / "000.png").write_bytes(b"mine")
