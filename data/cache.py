@@ -143,9 +143,10 @@ class _Writer:
     def put(self, batch):
         if not self.fine:
             return
-        (keys, values), end, written, self.fine = batch, self.end, {}, False
-        values = np.ascontiguousarray(values, np.float16)
-        for place, key, row in zip(self.rows.find(np.array(keys, "S32")).tolist(), keys, values):
+        self.fine, end, written = False, self.end, {}
+        keys, values = batch
+        places = self.rows.find(np.array(keys, "S32")).tolist()
+        for place, key, row in zip(places, keys, np.ascontiguousarray(values, np.float16)):
             if place < 0:
                 place, end = end, end + 1
             self.data.seek(place * self.rows.row_bytes)

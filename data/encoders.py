@@ -3,12 +3,11 @@
 Both are described by their files first (shapes, fingerprint) and loaded only when a row is missing.
 """
 
-import collections
-
 import torch
 from safetensors import SafetensorError
 
 from data import fused
+from data.ahead import behind
 from data.models import load
 from data.safe import UserError, out_of_memory
 
@@ -68,7 +67,7 @@ class TextEncoders:
         return text, pooled
 
     def encode(self, batches):
-        """Lists of B strings -> fp16 (B, 77 · 2048 + 1280) tensors on the CPU: text, then pooled, flat; see in_flight.
+        """(tag, B strings) pairs -> (tag, fp16 (B, 77 · 2048 + 1280) on the CPU: text, then pooled, flat), some batches behind.
 
         Raises UserError when a number is not finite.
         """
@@ -155,10 +154,10 @@ class VAE:
         return pixels.pin_memory() if self.vae.device.type == "cuda" else pixels
 
     def encode(self, batches):
-        """pixels uint8 (B, H, W, 3) tensors -> moments fp16 (B, 2, 4, h, w) on the CPU: mean, std, before the scaling factor.
+        """(tag, pixels uint8 (B, H, W, 3)) pairs -> (tag, moments fp16 (B, 2, 4, h, w) on the CPU), some batches behind.
 
-        A picture that half precision makes non-finite is encoded again in fp32; what still is not finite the caller refuses.
-        See in_flight.
+        Moments: mean, std, before the scaling factor. A picture that half precision makes non-finite is encoded again in fp32;
+        what still is not finite the caller refuses.
         """
         return in_flight(self._start, self._finish, batches)
 
@@ -183,14 +182,10 @@ class VAE:
 
 
 def in_flight(start, finish, batches):
-    """Yields finish(*start(batch)), on a GPU IN_FLIGHT batches behind: it works on those while this one is written."""
-    started, most = collections.deque(), IN_FLIGHT if torch.cuda.is_available() else 0
-    for batch in batches:
-        started.append(start(batch))
-        if len(started) > most:
-            yield finish(*started.popleft())
-    while started:
-        yield finish(*started.popleft())
+    """(tag, batch) pairs -> (tag, finish(*start(batch))), on a GPU IN_FLIGHT batches behind: it works on those while this one is
+    written."""
+    most = IN_FLIGHT if torch.cuda.is_available() else 0
+    return behind(lambda pair: (pair[0], start(pair[1])), lambda pair: (pair[0], finish(*pair[1])), batches, most)
 
 
 def fetch(*tensors):

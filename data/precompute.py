@@ -1,6 +1,5 @@
 """python -m data.precompute: pictures and captions -> RUN/cache. Run again, it encodes only what is not there."""
 
-import collections
 import contextlib
 import hashlib
 import os
@@ -110,8 +109,8 @@ class Making:
             return
         self.texts.load(self.device)
         if len(self.blank):
-            blank = np.zeros((1, *self.captions.shape)) if self.zeros else next(self.texts.encode([[""]]))
-            self.captions.write(1, [([self.unconditional], blank)])
+            keys, zeros = [self.unconditional], np.zeros((1, *self.captions.shape))
+            self.captions.write(1, [(keys, zeros)] if self.zeros else self.texts.encode([(keys, [""])]))
         self.captions.write(len(self.new_captions), self._captions_in_batches())
         self._stop_if_asked()
         self.texts.unload()  # before the VAE comes: never both in memory
@@ -159,7 +158,6 @@ class Making:
 
     def _captions_in_batches(self):
         """Yields (keys, encoded captions) of the new ones."""
-        encoding = collections.deque()  # keys of the batches that the encoders have not given back yet
         cut, example = 0, None
 
         def captions():
@@ -170,20 +168,18 @@ class Making:
                 texts = [self.examples[int(self.rows["number"][i])].caption for i in batch]
                 long = [text for text in texts if self.texts.truncated(text)]
                 cut, example = cut + len(long), example or next(iter(long), None)
-                encoding.append(self.rows["caption_key"][batch])
-                yield texts
+                yield self.rows["caption_key"][batch], texts
 
         with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
-            for encoded in self.texts.encode(captions()):
-                bar.update(len(encoded))
-                yield encoding.popleft(), encoded.numpy()
+            for keys, encoded in self.texts.encode(captions()):
+                bar.update(len(keys))
+                yield keys, encoded.numpy()
         if cut:
             print(f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}")
 
     def _pictures_in_batches(self, size, pictures, bar):
         """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
         at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (size[0] * size[1] * self.vae.dtype.itemsize)))
-        encoding = collections.deque()  # numbers and keys of the batches that the VAE has not given back yet
 
         def decode(picture):  # in a worker, as `stack`
             number, mirrored = picture
@@ -207,17 +203,16 @@ class Making:
 
         def stack(batch):
             numbers, keys, pixels = zip(*batch)
-            return numbers, np.array(keys), self.vae.stage(np.stack(pixels))
+            return (numbers, np.array(keys)), self.vae.stage(np.stack(pixels))
 
         def stacked():
-            for numbers, keys, pixels in ahead(self.pool, stack, batches(readable(), at_once), BATCHES_AHEAD):
+            for batch in ahead(self.pool, stack, batches(readable(), at_once), BATCHES_AHEAD):
                 if self.stop.received:
                     return
-                encoding.append((numbers, keys))
-                yield pixels
+                yield batch
 
-        for moments in self.vae.encode(stacked()):
-            (numbers, keys), moments = encoding.popleft(), moments.numpy()
+        for (numbers, keys), moments in self.vae.encode(stacked()):
+            moments = moments.numpy()
             finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
             for i in np.flatnonzero(~finite):
                 name = self.examples.name(int(self.rows["number"][numbers[i]]))

@@ -49,7 +49,7 @@ def _geglu(p, y, out, columns, BACKWARD: tl.constexpr, COLUMNS: tl.constexpr):
 def add(x, y, bias):
     x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
     out, (grid, tile) = torch.empty_like(x), _tiles(x, 1)
-    _add[grid](x, y, bias, out, x.shape[2] * x.shape[3], x.shape[1], *tile)
+    _add[grid](x, y, bias, out, *_sizes(x, 1)[:2], *tile)
     return out
 
 

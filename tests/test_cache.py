@@ -125,21 +125,26 @@ def test_what_came_before_an_error_is_committed(tmp_path):
     assert np.array_equal(again[3], values(4)[0])
 
 
+def failing_at(call, monkeypatch, owner, name):
+    """The disk fails the call-th time that owner.name is asked. -> a list that grows by one each time"""
+    asked, real = [], getattr(owner, name)
+
+    def asks(argument):
+        asked.append(argument)
+        if len(asked) == call:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(argument)
+
+    monkeypatch.setattr(owner, name, asks)
+    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
+    return asked
+
+
 def test_after_a_row_that_cannot_be_written_nothing_is(tmp_path, monkeypatch):
     """No half of its batch, how its rows are rounded depends on all; and not the batch behind it, which is on its way already."""
-    calls, real = [], zlib.crc32
-
-    def failing(row):
-        calls.append(row)
-        if len(calls) == 4:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(row)
-
-    monkeypatch.setattr(zlib, "crc32", failing)
-    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
-    with pytest.raises(OSError, match="Input/output"):
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+        failing_at(4, broken, zlib, "crc32")
         rows(tmp_path).write(8, (batch_of([n, n + 1]) for n in (1, 3, 5, 7)))
-    monkeypatch.undo()
     again = rows(tmp_path)
     assert [n for n in range(1, 9) if position(again, n) >= 0] == [1, 2]
     assert all(np.array_equal(again[position(again, n)], values(n)[0]) for n in (1, 2))
@@ -148,16 +153,7 @@ def test_after_a_row_that_cannot_be_written_nothing_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_sync_that_failed_is_not_asked_again(which, tmp_path, monkeypatch):
     """After an error Linux may say yes the second time, with the pages lost: keys would stand for bytes that are nowhere."""
-    asked, real = [], os.fdatasync
-
-    def failing(fd):
-        asked.append(fd)
-        if len(asked) == 3 + which:  # the second commit's, of its rows or of its keys
-            raise OSError(errno.EIO, "Input/output error")
-        return real(fd)
-
-    monkeypatch.setattr(os, "fdatasync", failing)
-    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
+    asked = failing_at(3 + which, monkeypatch, os, "fdatasync")  # the second commit's, of its rows or of its keys
     with pytest.raises(OSError, match="Input/output"):
         rows(tmp_path).write(8, (batch_of([n, n + 1]) for n in (1, 3, 5, 7)))
     assert len(asked) == 3 + which

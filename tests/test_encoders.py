@@ -77,7 +77,9 @@ def test_moments_equal_autoencoderkls_posterior(device, pipeline, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     vae = VAE(Model(str(PIPELINE)), "no").load(device)
     batches = [np.random.default_rng(i).integers(0, 256, (3, 64, 128, 3), np.uint8) for i in range(5)]
-    for pixels, moments in zip(batches, vae.encode(map(vae.stage, batches)), strict=True):
+    encoded = list(vae.encode((batch, vae.stage(batch)) for batch in batches))
+    assert len(encoded) == len(batches)
+    for pixels, moments in encoded:
         assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
         with torch.no_grad():
             x = pipeline.image_processor.preprocess(pixels.astype(np.float32) / 255)
@@ -104,10 +106,10 @@ def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
     pixels = torch.full((2, 64, 64, 3), 127, dtype=torch.uint8)
     pixels[1, 8:40] = 255
     assert not vae._start(pixels)[1][1].isfinite().all()  # the case is what it claims to be
-    moments, after = vae.encode([pixels, pixels.flip(0)])  # the one after it is in half precision again
+    (_, moments), (_, after) = vae.encode([(None, pixels), (None, pixels.flip(0))])  # the one after it is in half precision again
     assert torch.equal(after, moments.flip(0))
     assert moments.isfinite().all() and vae.vae.dtype == torch.float16
-    torch.testing.assert_close(moments[1], next(exact.encode([pixels]))[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moments[1], next(exact.encode([(None, pixels)]))[1][1], rtol=1e-2, atol=1e-2)
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(model):

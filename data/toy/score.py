@@ -71,7 +71,7 @@ def held_out_loss(run, model, vae_model, scaling_factor):
     """{"base", "lora"}: mean squared error on ink pictures that nothing was trained on, the same noise for both."""
     scenes = held_out_scenes(HELD_OUT)
     pixels = as_pixels([render(scene, "ink", seed) for scene, seed in scenes])
-    moments = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([pixels])).float()
+    moments = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([(None, pixels)]))[1].float()
     text, pooled = TextEncoders(model, "no").load(torch.device("cpu"))([caption(scene) for scene, _ in scenes])
     unet = load(UNet2DConditionModel, model.part("unet"), torch.float32, "cpu")
     adapters, _ = load_lora(unet, run / "lora.safetensors")

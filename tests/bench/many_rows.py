@@ -65,8 +65,8 @@ def precompute(folder, run):
             return torch.from_numpy(pixels)
 
         def encode(self, batches):
-            for pixels in batches:
-                yield torch.rand(len(pixels), *self.shape(pixels.shape[1:3])).half()
+            for tag, pixels in batches:
+                yield tag, torch.rand(len(pixels), *self.shape(pixels.shape[1:3])).half()
 
     encoders.TextEncoders, encoders.VAE = Texts, Pictures
     flags = ["--output_dir", run, "--train_data_dir", folder, "--pretrained_model_name_or_path", str(TOY)]
