@@ -30,7 +30,7 @@ naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto
 
 $(if $(filter $(PRESET),toy naruto),,$(error PRESET=$(PRESET) is none of toy, naruto))
 
-.PHONY: help setup precompute train compare check test test-all bench clean
+.PHONY: help setup precompute train compare check lint test test-all bench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -74,6 +74,11 @@ test: setup-dev
 test-all:  ## the slow tests as well
 test-all: setup-dev
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(ARGS) tests
+
+lint:  ## the formatter and the linter (ruff.toml)
+lint: setup-dev
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 bench:  ## a training step and precompute against the usual ways, at SDXL's size on a GPU -> runs/bench/*.json
 bench: setup-dev

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from data.safe import UserError
+from data.common.safe import UserError
 
 STEP = 64  # sides are multiples of it: 8 pixels a latent, and the UNet halves latents twice, with room to spare
 MAX_RATIO = 16  # of a picture's sides: beyond it a crop shows a sliver and says nothing
@@ -28,7 +28,8 @@ def nearest(size, choices):
     """Number of the choice whose proportions are nearest to those of `size`, the larger one of equals."""
     ratio = math.log(size[0] / size[1])
     return min(
-        range(len(choices)), key=lambda i: (abs(math.log(choices[i][0] / choices[i][1]) - ratio), -choices[i][0] * choices[i][1])
+        range(len(choices)),
+        key=lambda i: (abs(math.log(choices[i][0] / choices[i][1]) - ratio), -choices[i][0] * choices[i][1]),
     )
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.ahead import ahead
-from data.safe import MachineError, UserError, atomic_write, naming, sha256_file
+from data.common.ahead import ahead
+from data.common.safe import MachineError, UserError, atomic_write, naming, sha256_file
 
 VERSION = 2
 COMMIT_SECONDS = 1  # what a killed writer has to do again, beside what the encoders have under way
@@ -126,7 +126,9 @@ class Rows:
             writer = _Writer(self, data, index)
             try:
                 with ThreadPoolExecutor(1) as pool:
-                    collections.deque(ahead(pool, writer.put, batches, 1), maxlen=0)  # one is written while the next is made
+                    collections.deque(
+                        ahead(pool, writer.put, batches, 1), maxlen=0
+                    )  # one is written while the next is made
             finally:  # also what came before an error
                 writer.commit()
             data.truncate(writer.end * self.row_bytes)
@@ -138,7 +140,11 @@ class _Writer:
 
     def __init__(self, rows, data, index):
         self.rows, self.data, self.index, self.fine = rows, data, index, True
-        self.end, self.written, self.committed = len(rows), {}, time.monotonic()  # written: {place: its key, not on disk yet}
+        self.end, self.written, self.committed = (
+            len(rows),
+            {},
+            time.monotonic(),
+        )  # written: {place: its key, not on disk yet}
 
     def put(self, batch):
         if not self.fine:
@@ -167,7 +173,9 @@ class _Writer:
         self.data.flush()
         os.fdatasync(self.data.fileno())
         with naming(self.rows.keys_path):
-            for place in [place for place in written if place < len(self.rows)]:  # of damaged rows, written again in their place
+            for place in [
+                place for place in written if place < len(self.rows)
+            ]:  # of damaged rows, written again in their place
                 os.pwrite(index, written.pop(place), place * KEY.itemsize)
             new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
             if os.pwrite(index, new, at) < len(new):  # a disk that fills up takes what still fits
@@ -219,7 +227,9 @@ def read_manifest(folder):
     except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or of another shape
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged, or of an earlier version; run python -m data.precompute again, it repairs it")
+        raise UserError(
+            f"{path}: damaged, or of an earlier version; run python -m data.precompute again, it repairs it"
+        )
     if manifest["version"] != VERSION:
         raise UserError(f"{path}: written by another version; delete {folder} and run precompute again")
     return manifest
@@ -258,11 +268,15 @@ class Cache:
         self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
-        self.moments = [Rows(folder, moments_name(size), shape) for size, shape in zip(self.sizes, self.manifest["moments_shapes"])]
+        self.moments = [
+            Rows(folder, moments_name(size), shape) for size, shape in zip(self.sizes, self.manifest["moments_shapes"])
+        ]
         size_of, held_out = np.asarray(self.index["size"]), np.asarray(self.index["held_out"])
         self.members = [np.flatnonzero((size_of == i) & ~held_out) for i in range(len(self.sizes))]
         if not len(self):
-            raise UserError(f"{self.folder}: all of {len(self.index)} rows are held out; use a smaller --validation_fraction")
+            raise UserError(
+                f"{self.folder}: all of {len(self.index)} rows are held out; use a smaller --validation_fraction"
+            )
 
     def __len__(self):
         return sum(map(len, self.members))

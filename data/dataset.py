@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import DISK_ERRORS, UserError, is_text, printable
+from data.common.safe import DISK_ERRORS, UserError, is_text, printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -87,9 +87,10 @@ def _dataset(flag, name, image_column, caption_column):
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except IndexError:  # how datasets answers a saved dataset of no rows
         return None, 0
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a dataset that is a script
+    # RuntimeError: a dataset that is a script
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if getattr(error.__cause__ or error, "errno", None) in DISK_ERRORS:
-            raise error.__cause__ or error
+            raise (error.__cause__ or error) from None
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{flag}: {reason or type(error).__name__}") from None
     if isinstance(loaded, dict):
@@ -104,7 +105,9 @@ def _dataset(flag, name, image_column, caption_column):
     if not len(loaded):  # what follows fails on it inside datasets
         return None, 0
     try:  # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
-        rows = loaded.select_columns([image_column, caption_column]).cast_column(image_column, datasets.Image(decode=False))
+        rows = loaded.select_columns([image_column, caption_column]).cast_column(
+            image_column, datasets.Image(decode=False)
+        )
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"--image_column {image_column}: holds no images ({str(error).splitlines()[0]})") from None
 
@@ -137,7 +140,11 @@ def _table(table, caption_column):
     paths, captions = [], []
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            for line in map(json.loads, filter(str.strip, file)) if table.suffix == ".jsonl" else csv.DictReader(file, strict=True, skipinitialspace=True):
+            for line in (
+                map(json.loads, filter(str.strip, file))
+                if table.suffix == ".jsonl"
+                else csv.DictReader(file, strict=True, skipinitialspace=True)
+            ):
                 if "file_name" in line and None in line and any(line[None]):  # csv's way with more fields than columns
                     raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
                 paths.append(str(table.parent / line["file_name"]))
@@ -145,7 +152,9 @@ def _table(table, caption_column):
     except KeyError as error:
         column = error.args[0]
         owner = f"--caption_column {column}" if column == caption_column else column
-        raise UserError(f"{owner}: not in row {len(captions)} of {table}, which has {', '.join(map(str, line))}") from None
+        raise UserError(
+            f"{owner}: not in row {len(captions)} of {table}, which has {', '.join(map(str, line))}"
+        ) from None
     except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{table}, row {len(captions)}: {error}") from None
     gone = [path for path in paths if not os.path.isfile(path)]

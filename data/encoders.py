@@ -6,10 +6,10 @@ Both are described by their files first (shapes, fingerprint) and loaded only wh
 import torch
 from safetensors import SafetensorError
 
-from data import fused
-from data.ahead import behind
-from data.models import load
-from data.safe import UserError, out_of_memory
+from data.common.ahead import behind
+from data.common.safe import UserError, out_of_memory
+from data.models import fused
+from data.models.files import load
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IN_FLIGHT = 2  # batches
@@ -41,12 +41,16 @@ class TextEncoders:
         self.tokenizers = [_read(part, CLIPTokenizer) for part in self.words]
         for tokenizer, part in zip(self.tokenizers, self.words):
             if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
-                raise UserError(f"{part.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again")
+                raise UserError(
+                    f"{part.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again"
+                )
         self.encoders = []
         for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), self.parts):
             encoder, told = _read(part, kind, variant=part.variant, dtype=self.dtype, output_loading_info=True)
             if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers
-                raise UserError(f"{part.folder}: its weights lack {missing[0]} and {len(missing) - 1} more; download the model again")
+                raise UserError(
+                    f"{part.folder}: its weights lack {missing[0]} and {len(missing) - 1} more; download the model again"
+                )
             self.encoders.append(encoder.to(device).eval())
         text, _ = self(["a cat", "two red houses at night"])
         if torch.equal(text[0], text[1]):
@@ -78,7 +82,9 @@ class TextEncoders:
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             length = self.text_shape[0]
-            ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            ids = tokenizer(
+                captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
             out = encoder(ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
         return torch.cat(hidden, dim=-1), out.text_embeds
@@ -111,7 +117,9 @@ def _read(part, kind, **how):
         if out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
-        raise UserError(f"{part.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{part.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
+        ) from error
 
 
 class VAE:
@@ -120,12 +128,16 @@ class VAE:
     def __init__(self, model, precision):
         self.part = model.part("vae")
         self.config = self.part.config()
-        lacks = [name for name in ("block_out_channels", "latent_channels", "scaling_factor") if name not in self.config]
+        lacks = [
+            name for name in ("block_out_channels", "latent_channels", "scaling_factor") if name not in self.config
+        ]
         if lacks:
             raise UserError(f"{self.part.folder / 'config.json'}: no {lacks[0]} in it; a VAE of SDXL's kind is needed")
         self.dtype = DTYPES[precision]
         if self.dtype == torch.float16 and self.config.get("force_upcast", True):
-            self.dtype = torch.float32  # SDXL's own VAE overflows in fp16 and its config says so; the fp16-fix one's does not
+            self.dtype = (
+                torch.float32
+            )  # SDXL's own VAE overflows in fp16 and its config says so; the fp16-fix one's does not
         self.fingerprint = f"{self.part.fingerprint()}-{self.dtype}"
 
     def shape(self, size):
@@ -164,7 +176,9 @@ class VAE:
     @torch.inference_mode()
     def _start(self, pixels):
         x = pixels.to(self.vae.device, non_blocking=True)
-        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.vae.dtype, memory_format=self.layout)  # (B, 3, H, W) in -1 .. 1
+        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(
+            self.vae.dtype, memory_format=self.layout
+        )  # (B, 3, H, W) in -1 .. 1
         posterior = self.vae.encode(x).latent_dist
         return pixels, *fetch(torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16))
 

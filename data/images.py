@@ -7,9 +7,20 @@ import struct
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from data.safe import UserError
+from data.common.safe import UserError
 
-DAMAGE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError, EOFError, AttributeError, struct.error)
+DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    AttributeError,
+    struct.error,
+)
 MAX_PIXELS = 2**28  # a decompression bomb is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first and refuses at twice as much
 

@@ -12,18 +12,27 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import buckets, check, safe
-from data.ahead import ahead
+from data import buckets, check
 from data.cache import INDEX, Rows, moments_name, read_index, write_index
+from data.common import safe
+from data.common.ahead import ahead
+from data.common.flags import parse
 from data.dataset import open_examples
-from data.flags import parse
 from data.images import read_rgb
-from data.models import Model
+from data.models.files import Model
 from data.survey import EXAMPLES_AHEAD, changes, image_digest, key, missing, survey
 
-CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")  # what a resumed run must find unchanged
+CONTENT = (
+    "picture_key",
+    "mirrored_key",
+    "caption_key",
+    "time_ids",
+    "held_out",
+)  # what a resumed run must find unchanged
 CAPTIONS_AT_ONCE = 64
-BYTES_AT_ONCE = 2**23  # of one channel of pixels in the VAE's dtype: four pictures of 1024 × 1024 in half precision, or up to ...
+BYTES_AT_ONCE = (
+    2**23
+)  # of one channel of pixels in the VAE's dtype: four pictures of 1024 × 1024 in half precision, or up to ...
 PICTURES_AT_ONCE = 16  # ... this many small ones
 BATCHES_AHEAD = 2  # of pictures, put together by the workers before the VAE asks for them
 
@@ -55,7 +64,9 @@ def precompute(settings, folder, pool):
     making.encode_pictures()
     ended = time.perf_counter()
     making.commit()
-    print(f"{which} encoded: {why}; text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included")
+    print(
+        f"{which} encoded: {why}; text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included"
+    )
     if making.skipped:
         print(f"{len(making.skipped):,} rows left out, e.g. {': '.join(making.skipped[0])}")
 
@@ -76,7 +87,10 @@ class Making:
         self.model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
         vae_name = settings.pretrained_vae_model_name_or_path
         self.vae_model = Model(vae_name, None, variant) if vae_name else self.model
-        self.texts, self.vae = TextEncoders(self.model, settings.mixed_precision), VAE(self.vae_model, settings.mixed_precision)
+        self.texts, self.vae = (
+            TextEncoders(self.model, settings.mixed_precision),
+            VAE(self.vae_model, settings.mixed_precision),
+        )
         self.zeros = self.model.index().get("force_zeros_for_empty_prompt", True)
         self.unconditional = key("unconditional", self.texts.fingerprint, self.zeros)
         self.sizes = buckets.sizes(settings.resolution, settings.buckets)
@@ -175,7 +189,9 @@ class Making:
                 bar.update(len(keys))
                 yield keys, encoded.numpy()
         if cut:
-            print(f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}")
+            print(
+                f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}"
+            )
 
     def _pictures_in_batches(self, size, pictures, bar):
         """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
@@ -191,7 +207,11 @@ class Making:
                 pixels = buckets.resize_and_crop(read_rgb(data, example.name), size, example.name)
             except safe.UserError as error:
                 return number, None, error
-            return number, self.rows["mirrored_key" if mirrored else "picture_key"][number], pixels[:, ::-1] if mirrored else pixels
+            return (
+                number,
+                self.rows["mirrored_key" if mirrored else "picture_key"][number],
+                pixels[:, ::-1] if mirrored else pixels,
+            )
 
         def readable():
             for number, picture_key, result in ahead(self.pool, decode, zip(*pictures), EXAMPLES_AHEAD):

@@ -49,4 +49,6 @@ def rows(seed, step, slot, slots, batch, lengths):
     bucket = int(order[here])
     begin = int(first[bucket] + (order[:here] == bucket).sum()) * size + slot * batch
     length = int(n[bucket])
-    return bucket, [int(_shuffled(seed, i // length, 1 + bucket, length)[i % length]) for i in range(begin, begin + batch)]
+    return bucket, [
+        int(_shuffled(seed, i // length, 1 + bucket, length)[i % length]) for i in range(begin, begin + batch)
+    ]

@@ -6,10 +6,10 @@ import hashlib
 import numpy as np
 
 from data import buckets
-from data.ahead import ahead
 from data.cache import INDEX
+from data.common.ahead import ahead
+from data.common.safe import UserError
 from data.images import upright_size
-from data.safe import UserError
 
 EXAMPLES_AHEAD = 32
 ROW = np.dtype(
@@ -51,10 +51,23 @@ def survey(examples, settings, sizes, text_print, vae_print, pool, bad):
         except UserError as error:
             return examples.name(number), error
         plain, mirrored = (key("picture", vae_print, image, sizes[size], m) for m in (False, settings.random_flip))
-        held_out = int.from_bytes(image[:8], "big") < settings.validation_fraction * 2**64  # by content: other rows do not matter
+        held_out = (
+            int.from_bytes(image[:8], "big") < settings.validation_fraction * 2**64
+        )  # by content: other rows do not matter
         caption = key("caption", text_print, example.caption)
         words = hashlib.sha256(example.caption.encode()).digest()
-        return example.name, (number, plain, mirrored, caption, size, held_out, ids, mirrored_ids, image[:16], words[:16])
+        return example.name, (
+            number,
+            plain,
+            mirrored,
+            caption,
+            size,
+            held_out,
+            ids,
+            mirrored_ids,
+            image[:16],
+            words[:16],
+        )
 
     rows, names = np.empty(len(examples), ROW), []
     for name, row in ahead(pool, describe, range(len(examples)), EXAMPLES_AHEAD):

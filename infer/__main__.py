@@ -2,8 +2,8 @@
 
 import sys
 
-from data import safe
-from data.flags import parse
+from data.common import safe
+from data.common.flags import parse
 
 
 def main(argv):

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from data import check
 from data.cache import read_manifest
+from data.common.safe import atomic_write, sha256_file
 from data.encoders import TextEncoders
-from data.models import Model, load
-from data.safe import atomic_write, sha256_file
+from data.models.files import Model, load
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
 from lora.files import load as load_lora

@@ -29,7 +29,9 @@ def _block(rows, captions, start, font):
     for y, (label, pictures) in enumerate(rows.items()):
         draw.text((MARGIN, MARGIN + y * step + CELL // 2), label, "black", font, anchor="lm")
         for x, picture in enumerate(pictures[start : start + COLUMNS]):
-            block.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (label_width + x * step, MARGIN + y * step))
+            block.paste(
+                picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (label_width + x * step, MARGIN + y * step)
+            )
     for x, lines in enumerate(texts):
         for n, line in enumerate(lines):
             draw.text((label_width + x * step, MARGIN + len(rows) * step + n * LINE), line, "black", font)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from data.models import load
-from data.safe import NumbersError
+from data.common.safe import NumbersError
+from data.models.files import load
 
 
 def make_pipeline(model, unet, vae_model):
@@ -56,5 +56,7 @@ def sample(pipeline, embeddings, latents, steps, guidance):
         output_type="np",
     ).images
     if not np.isfinite(pixels).all():
-        raise NumbersError("a picture's numbers are not finite, it would be black; try a smaller --lora_scale, or another VAE that is made for half precision")
+        raise NumbersError(
+            "a picture's numbers are not finite, it would be black; try a smaller --lora_scale, or another VAE that is made for half precision"
+        )
     return pipeline.image_processor.numpy_to_pil(pixels)[0]

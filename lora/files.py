@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from data.safe import NumbersError, UserError, atomic_write
+from data.common.safe import NumbersError, UserError, atomic_write
 from lora.inject import inject, targets
 
 _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
@@ -28,7 +28,9 @@ def key(name):
     >>> key("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0")
     'lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0'
     """
-    name = re.sub(r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)", lambda m: _BLOCKS[m[1]](int(m[2]), int(m[3])), name)
+    name = re.sub(
+        r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)", lambda m: _BLOCKS[m[1]](int(m[2]), int(m[3])), name
+    )
     name = re.sub(r"^mid_block\.attentions\.0", "middle_block.1", name)
     return "lora_unet_" + name.replace(".", "_")
 
@@ -82,7 +84,7 @@ def load(unet, path):
     """
     try:
         with safe_open(path, framework="pt") as file:
-            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
     except (SafetensorError, OSError) as error:
@@ -105,7 +107,9 @@ def _check(path, stored, found):
         shapes[f"{key(name)}.lora_up.weight"] = (out, -1)
         shapes[f"{key(name)}.alpha"] = ()
     if foreign := sorted(set(stored) - set(shapes)):
-        raise UserError(f"{path}: {foreign[0]} and {len(foreign) - 1} more keys fit no attention projection of this UNet")
+        raise UserError(
+            f"{path}: {foreign[0]} and {len(foreign) - 1} more keys fit no attention projection of this UNet"
+        )
     if missing := sorted(set(shapes) - set(stored)):
         raise UserError(f"{path}: {missing[0]} and {len(missing) - 1} more are missing")
     ranks, alphas = set(), set()

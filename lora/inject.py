@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from data.safe import UserError
+from data.common.safe import UserError
 from lora.attention import SIDE_BY_SIDE, fuse_projections, split_projections
 from lora.linear import LoRALinear
 

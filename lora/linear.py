@@ -36,7 +36,9 @@ class LoRALinear(nn.Module):
         dtype = base.weight.dtype if base.weight.is_floating_point() else base.compute_dtype  # of bitsandbytes' 4 bits
         A = torch.randn(parts * rank, base.in_features, generator=generator) / rank
         self.A = nn.Parameter(A.to(base.weight.device, dtype))
-        self.B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=base.weight.device, dtype=dtype))
+        self.B = nn.Parameter(
+            torch.zeros(parts, base.out_features // parts, rank, device=base.weight.device, dtype=dtype)
+        )
 
     @property
     def scaling(self):

@@ -16,7 +16,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
-os.environ["OMP_NUM_THREADS"] = "1"  # here and in every command: the tensors are small, and threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # here and in every command: the tensors are small, and threads only wait for each other
+)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
@@ -25,13 +27,15 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from data import flags, safe
 from data.cache import read_index, read_manifest, write_index
+from data.common import flags, safe
 from lora.inject import inject
 from tests.bench.full_size import UNET as SDXL  # its published configuration
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
-tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
+tqdm.set_lock(
+    threading.RLock()
+)  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
@@ -88,7 +92,9 @@ def unet_inputs(batch=2, side=8, seed=0, dtype=torch.float32):
     text = torch.randn(batch, 77, config["cross_attention_dim"], generator=g)
     pooled = torch.randn(batch, pooled_width, generator=g)
     time_ids = torch.tensor([[300, 200, 0, 32, 128, 128]] * batch)
-    return (xt.to(dtype), t, text.to(dtype)), dict(added_cond_kwargs=dict(text_embeds=pooled.to(dtype), time_ids=time_ids))
+    return (xt.to(dtype), t, text.to(dtype)), dict(
+        added_cond_kwargs=dict(text_embeds=pooled.to(dtype), time_ids=time_ids)
+    )
 
 
 def predict(unet, inputs):
@@ -123,7 +129,12 @@ def settings(command, **values):
 def start(*argv, **popen):
     """python -m argv in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen
+        [sys.executable, "-m", *map(str, argv)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **popen,
     )
 
 
@@ -224,8 +235,28 @@ def lines(path):
 PICTURES = 8
 PRECOMPUTE = ("--pretrained_model_name_or_path", PIPELINE, "--resolution", 64, "--mixed_precision", "no")
 STEPS = 6
-TRAIN = ("--rank", 4, "--lora_alpha", 6, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-2)
-TRAIN += ("--mixed_precision", "no", "--max_train_steps", STEPS, "--checkpointing_steps", 2, "--proportion_empty_prompts", 0.2)
+TRAIN = (
+    "--rank",
+    4,
+    "--lora_alpha",
+    6,
+    "--train_batch_size",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--learning_rate",
+    1e-2,
+)
+TRAIN += (
+    "--mixed_precision",
+    "no",
+    "--max_train_steps",
+    STEPS,
+    "--checkpointing_steps",
+    2,
+    "--proportion_empty_prompts",
+    0.2,
+)
 PROMPTS = ("a red fox in the forest", "a blue bird in the snow")
 TOKEN = "hf_notASecretButASentinel0123456789"
 
@@ -330,6 +361,10 @@ def done(monkeypatch):
 
     done = dict(captions=[], pictures=[])
     captions, start = TextEncoders._start, VAE._start
-    monkeypatch.setattr(TextEncoders, "_start", lambda self, some: (done["captions"].extend(some), captions(self, some))[1])
-    monkeypatch.setattr(VAE, "_start", lambda self, pixels: (done["pictures"].extend(pixels.numpy()), start(self, pixels))[1])
+    monkeypatch.setattr(
+        TextEncoders, "_start", lambda self, some: (done["captions"].extend(some), captions(self, some))[1]
+    )
+    monkeypatch.setattr(
+        VAE, "_start", lambda self, pixels: (done["pictures"].extend(pixels.numpy()), start(self, pixels))[1]
+    )
     return done

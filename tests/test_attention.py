@@ -12,7 +12,9 @@ from lora.attention import fuse_projections, split_projections
 def test_fused_attention_equals_diffusers_own():
     """In fp64, self and cross, with and without bias: k and v swapped would be a UNet that was never trained."""
     for text_width, bias in ((None, False), (12, False), (None, True), (12, True)):
-        attention = Attention(query_dim=16, cross_attention_dim=text_width, heads=2, dim_head=8, bias=bias).double().eval()
+        attention = (
+            Attention(query_dim=16, cross_attention_dim=text_width, heads=2, dim_head=8, bias=bias).double().eval()
+        )
         fused = torch.nn.Sequential(copy.deepcopy(attention))
         fuse_projections(fused)
         x = torch.randn(2, 9, 16, dtype=torch.float64)

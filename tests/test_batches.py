@@ -16,7 +16,11 @@ SIGNAL = noise_schedule(json.loads((PIPELINE / "scheduler" / "scheduler_config.j
 
 def draw(run, step=0, slot=0, **values):
     return batches.draw(
-        Cache(run.folder / "cache"), settings("train", **{"train_batch_size": 4, "seed": 1} | values), SIGNAL, step, slot
+        Cache(run.folder / "cache"),
+        settings("train", **{"train_batch_size": 4, "seed": 1} | values),
+        SIGNAL,
+        step,
+        slot,
     )
 
 
@@ -52,7 +56,9 @@ def test_noise_offset_is_one_constant_per_channel(run):
     shifts = torch.cat([draw(run, step, noise_offset=0.3)["eps"] - draw(run, step)["eps"] for step in range(100)]) / 0.3
     assert shifts.std(dim=(2, 3)).max() < 1e-5
     constants = shifts[:, :, 0, 0].flatten()
-    assert len(constants) == 1600 and abs(constants.mean()) < 0.1 and constants.std().item() == pytest.approx(1, rel=0.1)
+    assert (
+        len(constants) == 1600 and abs(constants.mean()) < 0.1 and constants.std().item() == pytest.approx(1, rel=0.1)
+    )
 
 
 def test_latents_are_drawn_from_the_cached_posterior(run):
@@ -87,7 +93,9 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
 
     change_cache(fresh, apart)
     cache = Cache(fresh / "cache")
-    means = [torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)]
+    means = [
+        torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)
+    ]
     values = settings("train", train_batch_size=8, seed=1, proportion_empty_prompts=0.5)
     many = [batches.draw(cache, values, SIGNAL, step, 0) for step in range(25)]
     drawn = torch.cat([b["x0"] for b in many])

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.buckets import geometry, nearest, resize_and_crop, sizes, time_ids
-from data.safe import UserError
+from data.common.safe import UserError
 
 
 def some_sizes():

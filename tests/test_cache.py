@@ -11,7 +11,7 @@ import pytest
 from conftest import change_cache, precompute
 
 from data.cache import KEY, Cache, Rows, read_manifest
-from data.safe import MachineError, UserError
+from data.common.safe import MachineError, UserError
 
 SHAPE = (3, 5)
 
@@ -164,7 +164,9 @@ def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
     """The other way round, a power cut leaves keys for rows that are not there."""
     monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
     done, real = [], os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd)))
+    monkeypatch.setattr(
+        os, "fdatasync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real(fd))
+    )
     fill(tmp_path, 1, 2, 3)
     assert done == ["things.rows", "things.keys"] * 2
 
@@ -258,7 +260,9 @@ def test_a_batch_is_what_the_rows_say(run):
         assert np.array_equal(np.concatenate([batch["text"][i].ravel(), batch["pooled"][i]]), caption)
         assert batch["time_ids"][i].tolist() == record["time_ids"].tolist()
     assert (batch["std"] > 0).all()
-    assert not np.array_equal(batch["mean"][0], batch["mean"][1]) and not np.array_equal(batch["text"][0], batch["text"][1])
+    assert not np.array_equal(batch["mean"][0], batch["mean"][1]) and not np.array_equal(
+        batch["text"][0], batch["text"][1]
+    )
     batch["mean"][:] = 0  # a copy: the map cannot be written, and must not be
     assert cache.batch([5], np.zeros(1, bool), np.zeros(1, bool))["mean"].any()
 
@@ -314,7 +318,9 @@ def test_room_that_a_killed_writer_claimed_is_not_asked_for_again(tmp_path):
 def test_a_bad_index_is_named(blob, fresh):
     path = fresh / "cache" / "index.npy"
     path.unlink() if blob is None else path.write_bytes(blob)
-    with pytest.raises(UserError, match="index.npy: not there or damaged; run python -m data.precompute again, it repairs it"):
+    with pytest.raises(
+        UserError, match="index.npy: not there or damaged; run python -m data.precompute again, it repairs it"
+    ):
         Cache(fresh / "cache")
 
 

@@ -10,7 +10,7 @@ from conftest import command, here, settings
 from test_loop import TRAIN
 
 from data import check
-from data.safe import MachineError, UserError
+from data.common.safe import MachineError, UserError
 
 CUDA = torch.device("cuda")
 
@@ -19,7 +19,9 @@ def test_the_packages_here_are_those_that_were_tested():
     assert {"torch", "diffusers", "bitsandbytes"} <= check.packages().keys()
 
 
-@pytest.mark.parametrize("version, message", [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is <0.43,>=0.42.1")])
+@pytest.mark.parametrize(
+    "version, message", [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is <0.43,>=0.42.1")]
+)
 def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version, message, monkeypatch):
     real = importlib.metadata.version
 
@@ -47,16 +49,22 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
 
 def test_eight_bit_adam_without_bitsandbytes_is_refused_before_the_model_is_loaded(fresh, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    )
     monkeypatch.setattr("train.loop.load_unet", None)
-    with pytest.raises(UserError, match="--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave"):
+    with pytest.raises(
+        UserError, match="--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave"
+    ):
         here("train", "--output_dir", fresh, *TRAIN, "--use_8bit_adam")
 
 
 def test_a_disk_too_small_for_what_a_run_saves_is_said_before_its_first_step(fresh, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
-    with pytest.raises(MachineError, match=r"what the run will save \(states and weights\) needs \d+ MiB in .*, where 1 MiB are free"):
+    with pytest.raises(
+        MachineError, match=r"what the run will save \(states and weights\) needs \d+ MiB in .*, where 1 MiB are free"
+    ):
         here("train", "--output_dir", fresh, *TRAIN)
     assert not (fresh / "metrics.jsonl").exists()
 
@@ -64,7 +72,7 @@ def test_a_disk_too_small_for_what_a_run_saves_is_said_before_its_first_step(fre
 def test_what_a_run_will_save_is_at_least_what_it_saved(run, tmp_path, monkeypatch):
     """The estimate against the files of a finished run: states kept and all exports."""
     asked = []
-    monkeypatch.setattr("data.safe.need_space", lambda folder, needed, what: asked.append(needed))
+    monkeypatch.setattr("data.common.safe.need_space", lambda folder, needed, what: asked.append(needed))
     from safetensors.torch import load
 
     numbers = load(next((run.folder / "state").glob("*.state")).read_bytes()[:-32])["vector"].numel()

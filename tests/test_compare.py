@@ -9,7 +9,7 @@ import torch
 from conftest import PIPELINE, PROMPTS, here, settings
 from PIL import Image, ImageFont
 
-from data.safe import NumbersError, UserError
+from data.common.safe import NumbersError, UserError
 from infer.compare import difference, encode, models
 from infer.grid import CELL, _wrap, grid
 from infer.sample import noise
@@ -45,7 +45,11 @@ def same(a, b):
 def test_the_update_shows_and_the_command_equals_the_function(run, trained):
     """What python -m infer wrote for the session's run, drawn again here: the same pixels; base and LoRA differ."""
     again, first = compare(trained, *PROMPTS), pictures(run.folder)
-    assert set(again) == set(first) == {"baseline_0.png", "baseline_1.png", "finetuned_0.png", "finetuned_1.png", "grid.png"}
+    assert (
+        set(again)
+        == set(first)
+        == {"baseline_0.png", "baseline_1.png", "finetuned_0.png", "finetuned_1.png", "grid.png"}
+    )
     assert all(same(again[name], first[name]) for name in first)
     assert not same(first["baseline_0.png"], first["finetuned_0.png"])
     assert not same(first["baseline_0.png"], first["baseline_1.png"])
@@ -57,7 +61,9 @@ def test_other_prompts_beside_it_change_no_pixel(run, trained):
     """Noise from one generator for all would make every picture depend on the order of the prompts."""
     first, turned = pictures(run.folder), compare(trained, "something else", *PROMPTS[::-1])
     for kind in ("baseline", "finetuned"):
-        assert same(turned[f"{kind}_2.png"], first[f"{kind}_0.png"]) and same(turned[f"{kind}_1.png"], first[f"{kind}_1.png"])
+        assert same(turned[f"{kind}_2.png"], first[f"{kind}_0.png"]) and same(
+            turned[f"{kind}_1.png"], first[f"{kind}_1.png"]
+        )
 
 
 def test_lora_scale(run, trained):
@@ -66,7 +72,9 @@ def test_lora_scale(run, trained):
     assert same(zero["baseline_0.png"], zero["finetuned_0.png"]) and report(trained)["mean_pixel_change"] == [0]
     half = compare(trained, PROMPTS[0], lora_scale=0.5)
     first = pictures(run.folder)
-    assert same(half["baseline_0.png"], first["baseline_0.png"]) and not same(half["finetuned_0.png"], first["finetuned_0.png"])
+    assert same(half["baseline_0.png"], first["baseline_0.png"]) and not same(
+        half["finetuned_0.png"], first["finetuned_0.png"]
+    )
 
 
 @pytest.mark.slow
@@ -87,7 +95,9 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
             pipeline.load_lora_weights(run.folder / "lora.safetensors")
         for i, prompt in enumerate(PROMPTS):
             start = noise(42, prompt, (4, 8, 8))
-            theirs = pipeline(prompt, latents=start, height=64, width=64, num_inference_steps=2, guidance_scale=5.0).images[0]
+            theirs = pipeline(
+                prompt, latents=start, height=64, width=64, num_inference_steps=2, guidance_scale=5.0
+            ).images[0]
             assert difference(theirs, Image.open(run.folder / "compare" / f"{name}_{i}.png")) < 0.1
 
 
@@ -95,7 +105,12 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
 def test_pictures_of_an_earlier_call_with_more_prompts_go(trained):
     compare(trained, "one", "two", num_inference_steps=1)
     (trained / "compare" / "notes.png").write_bytes((trained / "compare" / "grid.png").read_bytes())
-    assert set(compare(trained, "one", num_inference_steps=1)) == {"baseline_0.png", "finetuned_0.png", "grid.png", "notes.png"}
+    assert set(compare(trained, "one", num_inference_steps=1)) == {
+        "baseline_0.png",
+        "finetuned_0.png",
+        "grid.png",
+        "notes.png",
+    }
 
 
 def test_the_report(run):
@@ -172,7 +187,9 @@ def test_a_weights_file_can_be_named(run, trained):
 def test_no_line_of_the_grid_is_wider_than_its_cell_and_no_letter_is_lost(text):
     font = ImageFont.load_default(size=17)
     lines = _wrap(text, font)
-    assert all(0 < font.getlength(line) <= CELL for line in lines) and "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(0 < font.getlength(line) <= CELL for line in lines) and "".join(lines).replace(" ", "") == text.replace(
+        " ", ""
+    )
 
 
 def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):

@@ -6,9 +6,9 @@ import pytest
 from conftest import settings
 from PIL import Image
 
+from data.common.safe import UserError
 from data.dataset import open_examples
 from data.images import read_rgb
-from data.safe import UserError
 
 
 def write_images(folder, captions, suffix="png"):
@@ -21,7 +21,9 @@ def write_images(folder, captions, suffix="png"):
 
 
 def write_metadata(folder, captions, column="text"):
-    rows = [json.dumps({"file_name": p.name, column: c}) + "\n" for p, c in zip(write_images(folder, captions), captions)]
+    rows = [
+        json.dumps({"file_name": p.name, column: c}) + "\n" for p, c in zip(write_images(folder, captions), captions)
+    ]
     (folder / "metadata.jsonl").write_text("".join(rows))
     return folder
 
@@ -34,7 +36,7 @@ def save_dataset(folder, captions, split=None, **columns):
     rows = datasets.Dataset.from_dict({"image": [str(p) for p in paths], "text": captions}, features=features)
     if columns:
         rows = rows.rename_columns(columns)
-    (datasets.DatasetDict({s: rows for s in split}) if split else rows).save_to_disk(str(folder))
+    (datasets.DatasetDict(dict.fromkeys(split, rows)) if split else rows).save_to_disk(str(folder))
     return folder
 
 
@@ -78,7 +80,9 @@ def test_a_dataset_saved_to_disk(tmp_path):
 
 
 def test_the_split_is_train_or_the_only_one(tmp_path):
-    assert content(examples(dataset_name=str(save_dataset(tmp_path / "a", CAPTIONS, split=["test", "train"])))) == WANTED
+    assert (
+        content(examples(dataset_name=str(save_dataset(tmp_path / "a", CAPTIONS, split=["test", "train"])))) == WANTED
+    )
     assert content(examples(dataset_name=str(save_dataset(tmp_path / "b", CAPTIONS, split=["all"])))) == WANTED
     with pytest.raises(UserError, match="no split train, but one, two"):
         examples(dataset_name=str(save_dataset(tmp_path / "c", CAPTIONS, split=["one", "two"])))
@@ -156,7 +160,9 @@ def test_metadata_that_cannot_be_read_is_refused(text, message, tmp_path):
 
 
 def test_a_caption_column_that_a_row_lacks_is_named_with_what_it_has(tmp_path):
-    with pytest.raises(UserError, match="--caption_column words: not in row 0 of .*metadata.jsonl, which has file_name, text"):
+    with pytest.raises(
+        UserError, match="--caption_column words: not in row 0 of .*metadata.jsonl, which has file_name, text"
+    ):
         examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), caption_column="words")
 
 
@@ -179,7 +185,10 @@ def test_a_folder_with_a_csv(tmp_path):
 @pytest.mark.parametrize(
     "table, message",
     [
-        ("file_name,text\n00.png,a cat, on a red sofa\n", r"row 0: \['on a red sofa'\] is beyond the last column; put texts with commas in quotes"),
+        (
+            "file_name,text\n00.png,a cat, on a red sofa\n",
+            r"row 0: \['on a red sofa'\] is beyond the last column; put texts with commas in quotes",
+        ),
         ('file_name,text\n00.png,"a cat\n' + "01.png,a dog\n" * 20_000, "row 0: "),
     ],
 )
@@ -193,8 +202,10 @@ def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
 
 def test_a_csv_as_spreadsheets_write_it(tmp_path):
     """Commas at the end, a mark at the beginning, quotes in the middle."""
-    write_images(tmp_path / "d", ["a 5\" nail", "two, three"])
-    (tmp_path / "d" / "metadata.csv").write_text('file_name,text\r\n00.png,a 5" nail,\r\n01.png, "two, three",,\r\n', encoding="utf-8-sig")
+    write_images(tmp_path / "d", ['a 5" nail', "two, three"])
+    (tmp_path / "d" / "metadata.csv").write_text(
+        'file_name,text\r\n00.png,a 5" nail,\r\n01.png, "two, three",,\r\n', encoding="utf-8-sig"
+    )
     assert content(examples(train_data_dir=str(tmp_path / "d"))) == [(0, 'a 5" nail'), (1, "two, three")]
 
 
@@ -224,7 +235,9 @@ def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path):
     broken = [dict(path=None, bytes=b"<html>")] * 3
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), condition=datasets.Image())
     images = [dict(path=None, bytes=path.read_bytes()) for path in write_images(tmp_path / "p", CAPTIONS)]
-    datasets.Dataset.from_dict(dict(image=images, text=CAPTIONS, condition=broken), features=features).save_to_disk(tmp_path / "d")
+    datasets.Dataset.from_dict(dict(image=images, text=CAPTIONS, condition=broken), features=features).save_to_disk(
+        tmp_path / "d"
+    )
     assert [caption for _, caption in content(examples(dataset_name=str(tmp_path / "d")))] == CAPTIONS
 
 

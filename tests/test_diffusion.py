@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from data.safe import UserError
+from data.common.safe import UserError
 from train import diffusion
 
 SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -33,7 +33,9 @@ def test_noise_and_targets_equal_diffusers(name):
     close = dict(rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(signal, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(diffusion.add_noise(x0, eps, t, signal), theirs.add_noise(x0, eps, t), **close)
-    torch.testing.assert_close(diffusion.target(x0, eps, t, signal, "v_prediction"), theirs.get_velocity(x0, eps, t), **close)
+    torch.testing.assert_close(
+        diffusion.target(x0, eps, t, signal, "v_prediction"), theirs.get_velocity(x0, eps, t), **close
+    )
     assert diffusion.target(x0, eps, t, signal, "epsilon") is eps
 
 
@@ -48,7 +50,11 @@ SIGMAS = dict(num_train_timesteps=1000, sigma_min=0.002, sigma_max=80.0)  # EDM'
 
 @pytest.mark.parametrize(
     "config, name",
-    [(SDXL | dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"), (SDXL | dict(trained_betas=[0.1]), "trained_betas"), (SIGMAS, "None")],
+    [
+        (SDXL | dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
+        (SDXL | dict(trained_betas=[0.1]), "trained_betas"),
+        (SIGMAS, "None"),
+    ],
 )
 def test_a_schedule_that_is_not_known_is_refused(config, name):
     with pytest.raises(UserError, match=f"noise schedule {name} is none of scaled_linear, linear"):
@@ -74,7 +80,11 @@ def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(predicts, gamm
     a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[t.numpy()].reshape(-1, 1, 1, 1)
     clean, noise, output = (p.double().numpy() for p in (x0, eps, guess))
     noisy = a**0.5 * clean + (1 - a) ** 0.5 * noise
-    recovered = (noisy - (1 - a) ** 0.5 * output) / a**0.5 if predicts == "epsilon" else a**0.5 * noisy - (1 - a) ** 0.5 * output
+    recovered = (
+        (noisy - (1 - a) ** 0.5 * output) / a**0.5
+        if predicts == "epsilon"
+        else a**0.5 * noisy - (1 - a) ** 0.5 * output
+    )
     errors = ((clean - recovered) ** 2).mean((1, 2, 3)) * np.minimum(a / (1 - a), gamma).ravel()
     ours = [diffusion.loss(guess[i : i + 1], wanted[i : i + 1], weight[i : i + 1]).item() for i in range(len(t))]
     np.testing.assert_allclose(ours, errors, rtol=2e-3)
@@ -83,7 +93,9 @@ def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(predicts, gamm
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 def test_min_snr_is_finite_where_nothing_of_the_picture_is_left(predicts):
     """At zero terminal SNR's last step, min(0, gamma) / 0."""
-    weight = diffusion.loss_weight(torch.tensor([999]), diffusion.noise_schedule(CONFIGS["zero terminal snr"]), predicts, 5.0)
+    weight = diffusion.loss_weight(
+        torch.tensor([999]), diffusion.noise_schedule(CONFIGS["zero terminal snr"]), predicts, 5.0
+    )
     assert weight == (1 if predicts == "epsilon" else 0)
 
 
@@ -97,7 +109,9 @@ def test_loss_is_the_weighted_mean_in_fp32():
     prediction, wanted = torch.full((2, 4, 128, 128), 300.0).half(), torch.zeros(2, 4, 128, 128).half()
     assert diffusion.loss(prediction, wanted, torch.ones(2)).item() == pytest.approx(300.0**2)
     x = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
-    assert diffusion.loss(x, torch.zeros_like(x), torch.tensor([2.0, 0.5])).item() == pytest.approx((2 * 1 + 0.5 * 9) / 2)
+    assert diffusion.loss(x, torch.zeros_like(x), torch.tensor([2.0, 0.5])).item() == pytest.approx(
+        (2 * 1 + 0.5 * 9) / 2
+    )
 
 
 def test_posterior_draws_have_the_posteriors_mean_and_deviation():

@@ -10,9 +10,9 @@ from conftest import PIPELINE
 from safetensors.torch import load_file, save_file
 
 from data.buckets import time_ids
+from data.common.safe import UserError
 from data.encoders import VAE, TextEncoders
-from data.models import Model
-from data.safe import UserError
+from data.models.files import Model
 
 LONG = "a very long caption about " + "foxes and birds and " * 60
 CAPTIONS = ["a red fox in the forest", "a blue bird", "", "Unseen, wörds! 123", LONG]
@@ -106,7 +106,9 @@ def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
     pixels = torch.full((2, 64, 64, 3), 127, dtype=torch.uint8)
     pixels[1, 8:40] = 255
     assert not vae._start(pixels)[1][1].isfinite().all()  # the case is what it claims to be
-    (_, moments), (_, after) = vae.encode([(None, pixels), (None, pixels.flip(0))])  # the one after it is in half precision again
+    (_, moments), (_, after) = vae.encode(
+        [(None, pixels), (None, pixels.flip(0))]
+    )  # the one after it is in half precision again
     assert torch.equal(after, moments.flip(0))
     assert moments.isfinite().all() and vae.vae.dtype == torch.float16
     torch.testing.assert_close(moments[1], next(exact.encode([(None, pixels)]))[1][1], rtol=1e-2, atol=1e-2)
@@ -122,7 +124,9 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(model):
 def test_encoders_that_cannot_tell_captions_apart_are_refused(model):
     for part in ("text_encoder", "text_encoder_2"):
         path = model / part / "model.safetensors"
-        save_file({n: t * 0 if "token_embedding" in n else t for n, t in load_file(path).items()}, path, {"format": "pt"})
+        save_file(
+            {n: t * 0 if "token_embedding" in n else t for n, t in load_file(path).items()}, path, {"format": "pt"}
+        )
     with pytest.raises(UserError, match="the same for every caption"):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
@@ -134,7 +138,9 @@ def test_weights_that_lack_one_are_refused(name, model):
     tensors = load_file(path)
     del tensors[next(there for there in tensors if there.endswith(name.removeprefix("text_model.")))]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UserError, match=r"text_encoder_2: its weights lack .*weight and 0 more; download the model again"):
+    with pytest.raises(
+        UserError, match=r"text_encoder_2: its weights lack .*weight and 0 more; download the model again"
+    ):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
 
@@ -145,7 +151,9 @@ def cut(path):
 DAMAGED = {
     "text_encoder/model.safetensors": cut,
     "tokenizer/tokenizer.json": cut,
-    "text_encoder_2/config.json": lambda path: path.write_text(path.read_text().replace('"intermediate_size": ', '"intermediate_size": 1')),
+    "text_encoder_2/config.json": lambda path: path.write_text(
+        path.read_text().replace('"intermediate_size": ', '"intermediate_size": 1')
+    ),
 }
 
 

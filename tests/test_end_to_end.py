@@ -10,7 +10,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, PRECOMPUTE, PROMPTS, ROOT, STEPS, TOKEN, TRAIN, command, lines, one_line_error, start, when
+from conftest import (
+    PICTURES,
+    PRECOMPUTE,
+    PROMPTS,
+    ROOT,
+    STEPS,
+    TOKEN,
+    TRAIN,
+    command,
+    lines,
+    one_line_error,
+    start,
+    when,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -88,8 +101,12 @@ def test_refusals_of_every_command(run, tmp_path):
     assert "no finished cache here; run python -m data.precompute" in one_line_error(output)
     folder = tmp_path / "small"
     shutil.copytree(run.folder, folder)
-    assert "rank 4 there and 5 here" in one_line_error(command("train", "--output_dir", folder, *TRAIN, "--rank", 5, code=2))
-    output = command("data.precompute", "--output_dir", folder, "--train_data_dir", tmp_path / "nowhere", *PRECOMPUTE, code=2)
+    assert "rank 4 there and 5 here" in one_line_error(
+        command("train", "--output_dir", folder, *TRAIN, "--rank", 5, code=2)
+    )
+    output = command(
+        "data.precompute", "--output_dir", folder, "--train_data_dir", tmp_path / "nowhere", *PRECOMPUTE, code=2
+    )
     assert "--train_data_dir" in one_line_error(output)
     (folder / "lora.safetensors").write_bytes(b"not weights")
     assert "lora.safetensors" in one_line_error(command("infer", "--output_dir", folder, "--prompt", "x", code=2))
@@ -124,7 +141,9 @@ def test_stopped_by_every_signal_in_turn_ends_with_the_same_bytes(run, fresh):
         assert process.returncode == code and "Traceback" not in output, output
     command("train", "--output_dir", folder, *TRAIN)
     assert (folder / "lora.safetensors").read_bytes() == (run.folder / "lora.safetensors").read_bytes()
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, STEPS + 1))
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, STEPS + 1)
+    )
 
 
 @pytest.mark.slow
@@ -132,18 +151,30 @@ def test_make_runs_the_presets_commands(tmp_path):
     """The Makefile's toy path with few steps: its flags are accepted, its files are there."""
     words = ["make", "precompute", "train", "compare", f"PYTHON={sys.executable}", f"RUN={tmp_path / 'toy'}"]
     plan = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert plan.index("data.toy.draw") < plan.index("-m data.precompute") < plan.index("-m train") < plan.index("-m infer")
-    naruto = subprocess.run([*words, "-n", "PRESET=naruto"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (
+        plan.index("data.toy.draw") < plan.index("-m data.precompute") < plan.index("-m train") < plan.index("-m infer")
+    )
+    naruto = subprocess.run(
+        [*words, "-n", "PRESET=naruto"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "stabilityai/stable-diffusion-xl-base-1.0" in naruto and "data.toy" not in naruto
     wrong = subprocess.run([*words, "-n", "PRESET=other"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode and "none of toy, naruto" in wrong.stderr
-    assert subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.count("make ") > 6
+    assert (
+        subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.count("make ") > 6
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags",
-    [("step", []), ("precompute", ["--toy"]), ("full_size", ["--toy"]), ("many_rows", ["--rows", 10, 30]), ("contact_sheet", [])],
+    [
+        ("step", []),
+        ("precompute", ["--toy"]),
+        ("full_size", ["--toy"]),
+        ("many_rows", ["--rows", 10, 30]),
+        ("contact_sheet", []),
+    ],
 )
 def test_every_benchmark_runs(name, flags, tmp_path):
     """On a small model, for the figures' shape alone: the machine that they are for costs money."""

@@ -29,16 +29,35 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, PIPELINE, PRECOMPUTE, PROMPTS, STEPS, TOKEN, TRAIN, Forked, command, content, edit_captions, here, lines, one_line_error, precompute, settings, start, when
+from conftest import (
+    PICTURES,
+    PIPELINE,
+    PRECOMPUTE,
+    PROMPTS,
+    STEPS,
+    TOKEN,
+    TRAIN,
+    Forked,
+    command,
+    content,
+    edit_captions,
+    here,
+    lines,
+    one_line_error,
+    precompute,
+    settings,
+    start,
+    when,
+)
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 import infer.compare  # and train.loop: imported before the processes are forked, or each would do it again
 import train.loop  # noqa: F401
 from data.cache import Cache
+from data.common.safe import UserError
 from data.encoders import VAE, TextEncoders
 from data.precompute import Making
-from data.safe import UserError
 from train.batches import chosen
 
 SHORT = ("--train_batch_size", 1, "--gradient_accumulation_steps", 1)
@@ -218,7 +237,9 @@ def test_no_temporary_file_of_a_killed_save_stays(fresh, log, slow_disk):
 
 
 @pytest.mark.slow
-def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(pictures, tmp_path, log, small_batches, slow_disk, monkeypatch):
+def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
+    pictures, tmp_path, log, small_batches, slow_disk, monkeypatch
+):
     """While captions or pictures are encoded, or the index is written: the finished cache has the same bytes."""
     precompute(tmp_path / "whole", pictures, "--random_flip")
     for encoder in (VAE, TextEncoders):
@@ -235,7 +256,12 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(pictures, tmp_pa
             process.send(signal.SIGKILL)
             assert process.wait() in (KILLED, 0), process.output
             there = {p.name for p in (killed / "cache").glob("*")}
-            stages[max((i for i, name in enumerate(("captions.keys", "moments-64x64.keys", "index.npy")) if name in there), default=-1)] += 1
+            stages[
+                max(
+                    (i for i, name in enumerate(("captions.keys", "moments-64x64.keys", "index.npy")) if name in there),
+                    default=-1,
+                )
+            ] += 1
         precompute(killed, pictures, "--random_flip")
         assert content(killed) == content(tmp_path / "whole")
     print("STAGES", stages)
@@ -247,7 +273,11 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(pictures, tmp_pa
 def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp_path, log, slow_disk):
     """Someone's web UI reads the file at this very moment: half of it would be a broken picture, or none to come back to."""
     folder = copy(run, tmp_path)
-    path, new, found = folder / "lora.safetensors", (run.folder / "lora.safetensors").read_bytes(), collections.Counter()
+    path, new, found = (
+        folder / "lora.safetensors",
+        (run.folder / "lora.safetensors").read_bytes(),
+        collections.Counter(),
+    )
     slow_disk(0.5, "lora.safetensors")
     for delay in (0, 0.002, 0.05, None):
         for name in unfinished(folder):
@@ -298,7 +328,11 @@ def test_killed_or_crashed_while_drawing_pictures_the_weights_are_there(run, tmp
 
 # ---- Signalled twice
 
-TWICE = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), pytest.param(signal.SIGTERM, signal.SIGINT, marks=pytest.mark.slow)]
+TWICE = [
+    (signal.SIGTERM, signal.SIGTERM),
+    (signal.SIGINT, signal.SIGINT),
+    pytest.param(signal.SIGTERM, signal.SIGINT, marks=pytest.mark.slow),
+]
 
 
 def ends_at_once(process, second):
@@ -350,8 +384,12 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
     assert content(run) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
-def test_a_signal_while_captions_are_encoded_keeps_those_that_are(signum, code, pictures, tmp_path, log, small_batches, monkeypatch):
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
+    signum, code, pictures, tmp_path, log, small_batches, monkeypatch
+):
     """Ten thousand captions take minutes too; the VAE is not even loaded for the end."""
     precompute(tmp_path / "whole", pictures)
     monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
@@ -390,7 +428,11 @@ def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, 
     process.send(signal.SIGSTOP)
     try:
         before = tree(fresh)
-        for second in (lambda: precomputer(fresh, run.pictures, log), lambda: trainer(fresh, log), lambda: drawer(fresh, log, "x")):
+        for second in (
+            lambda: precomputer(fresh, run.pictures, log),
+            lambda: trainer(fresh, log),
+            lambda: drawer(fresh, log, "x"),
+        ):
             assert f"process {process.pid} is working here" in refused(second(), 2)
         assert tree(fresh) == before
     finally:
@@ -420,7 +462,9 @@ def disk(tmp_path):
             pytest.skip("no small disk can be mounted here; the tests with RLIMIT_FSIZE try full disks all the same")
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"no small disk can be mounted here ({done.stderr.strip()}); the tests with RLIMIT_FSIZE try full disks all the same")
+            pytest.skip(
+                f"no small disk can be mounted here ({done.stderr.strip()}); the tests with RLIMIT_FSIZE try full disks all the same"
+            )
         return path
 
     mount.path = path
@@ -479,10 +523,16 @@ def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fres
     monkeypatch.setattr("data.check.saves", lambda *_: None)
     folder = disk("size=16m") / "run"
     shutil.copytree(fresh, folder)
-    filler = leave(disk.path, free(pages(run.folder / "state" / "000006.state"), pages(run.folder / "lora.safetensors")))
+    filler = leave(
+        disk.path, free(pages(run.folder / "state" / "000006.state"), pages(run.folder / "lora.safetensors"))
+    )
     message = refused(trainer(folder, log), 3)
     assert "No space left on device" in message, message
-    assert states(folder) == [f"{step:06d}.state" for step in kept] if kept else not (folder / "state").exists() or not states(folder)
+    assert (
+        states(folder) == [f"{step:06d}.state" for step in kept]
+        if kept
+        else not (folder / "state").exists() or not states(folder)
+    )
     assert_whole(folder)
     filler.unlink()
     here("train", "--output_dir", folder, *TRAIN)
@@ -510,15 +560,24 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
     """Some space freed a moment later, the index says "caption -1" for the rows whose keys are lost: the last one's, silently."""
     count, noise = 130, np.random.default_rng(0)  # more keys than a page holds
     pixels = [noise.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(count)]
-    source = folder_of(tmp_path / "source", {f"{i:03d}.png": encoded(Image.fromarray(pixel)) for i, pixel in enumerate(pixels)})
+    source = folder_of(
+        tmp_path / "source", {f"{i:03d}.png": encoded(Image.fromarray(pixel)) for i, pixel in enumerate(pixels)}
+    )
     run = disk("size=16m") / "run"
     precompute(run, source)
     edit_captions(source, lambda rows: [dict(row, text=f"another {i}") for i, row in enumerate(rows)])
     keys = run / "cache" / "captions.keys"
-    rows, added = keys.with_suffix(".rows").stat().st_size, keys.with_suffix(".rows").stat().st_size // (count + 1) * count
+    rows, added = (
+        keys.with_suffix(".rows").stat().st_size,
+        keys.with_suffix(".rows").stat().st_size // (count + 1) * count,
+    )
     assert pages(keys) < -(-(2 * count + 1) * 36 // PAGE)
-    filler = leave(disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE))  # the rows fit, the keys' next page does not
-    monkeypatch.setattr("data.precompute.Making.encode_pictures", lambda _: filler.unlink())  # when the captions are done
+    filler = leave(
+        disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE)
+    )  # the rows fit, the keys' next page does not
+    monkeypatch.setattr(
+        "data.precompute.Making.encode_pictures", lambda _: filler.unlink()
+    )  # when the captions are done
     process = precomputer(run, source, log)
     code = process.wait()
     assert code in (0, 3) and "Traceback" not in process.output, process.output
@@ -539,7 +598,9 @@ SMALL_FILES = {  # free pages -> the file that does not fit: what is small waits
 
 
 @pytest.mark.parametrize("name, free", SMALL_FILES)
-def test_a_full_disk_is_said_with_the_file_and_what_is_free_for_small_files_too(name, free, fresh, pictures, disk, log, monkeypatch):
+def test_a_full_disk_is_said_with_the_file_and_what_is_free_for_small_files_too(
+    name, free, fresh, pictures, disk, log, monkeypatch
+):
     """Three disks are mounted: which of them is it that "refused to write"?"""
     monkeypatch.setattr("data.check.saves", lambda *_: None)
     folder = disk("size=16m") / "run"
@@ -640,15 +701,21 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
     names = "notes.txt .hidden .notes.unfinished lora-best.safetensors my.safetensors metrics.jsonl.bak lora.safetensors.old .lock.txt"
     names += " cache/notes.txt cache/moments-999x999.rows cache/moments-999x999.keys cache/index.npy.bak cache/old/manifest.json"
     names += " state/readme.txt state/000002.state.bak state/old/000001.state state/²³.state"
-    names += " compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
+    names += (
+        " compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
+    )
     foreign = {folder / name: f"mine: {name}".encode() for name in names.split()}
     for path, blob in foreign.items():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(blob)
-    edit_captions(source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)])
+    edit_captions(
+        source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)]
+    )
     precompute(folder, source)
     assert "cache" in refused(trainer(folder, log), 2)  # another run's state is in this folder
-    edit_captions(source, lambda rows: [json.loads(line) for line in (run.pictures / "metadata.jsonl").read_text().splitlines()])
+    edit_captions(
+        source, lambda rows: [json.loads(line) for line in (run.pictures / "metadata.jsonl").read_text().splitlines()]
+    )
     precompute(folder, source)
     process = trainer(folder, log, "--max_train_steps", 12)
     when(lambda: lines(folder / "metrics.jsonl") > STEPS, process)
@@ -664,7 +731,10 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
 def test_an_editors_swap_file_is_left_alone(run, tmp_path):
     """vim keeps what was not saved of report.json in .report.json.swp, beside it."""
     folder = copy(run, tmp_path)
-    foreign = [folder / name for name in (".metrics.jsonl.swp", ".lora.safetensors.swp", "compare/.report.json.swp", "cache/.index.npy.swp")]
+    foreign = [
+        folder / name
+        for name in (".metrics.jsonl.swp", ".lora.safetensors.swp", "compare/.report.json.swp", "cache/.index.npy.swp")
+    ]
     for path in foreign:
         path.write_bytes(b"not saved yet")
     (folder / "cache" / "manifest.json").unlink()
@@ -696,21 +766,32 @@ def test_an_output_folder_that_cannot_be_is_refused_before_anything_else(kind, n
     else:
         (tmp_path / "mine").write_text("mine")
         folder = tmp_path / "mine" / ("run" if kind == "below a file" else "")
-    words = {"data.precompute": ("--pretrained_model_name_or_path", "nobody/nothing", "--dataset_name", "nobody/nothing"), "infer": ("--prompt", "x")}
+    words = {
+        "data.precompute": ("--pretrained_model_name_or_path", "nobody/nothing", "--dataset_name", "nobody/nothing"),
+        "infer": ("--prompt", "x"),
+    }
     message = refused(Forked(name, ("--output_dir", folder, *words.get(name, ())), log), 2)
     assert message.startswith(f"error: --output_dir {folder}: not a folder that can be written"), message
     assert kind == "read-only" or (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("part", ["cache", "state", "compare", "metrics.jsonl"])
-def test_a_part_of_the_runs_folder_that_cannot_be_written_is_refused_at_the_door(part, fresh, run, pictures, tmp_path, log):
+def test_a_part_of_the_runs_folder_that_cannot_be_written_is_refused_at_the_door(
+    part, fresh, run, pictures, tmp_path, log
+):
     """state/ that belongs to root since a container ran: found out at the first save, the steps before it are lost."""
     folder = tmp_path / "run"
     shutil.copytree(fresh, folder) if part != "cache" else folder.mkdir()
     (folder / part).write_text("mine") if part != "metrics.jsonl" else (folder / part).mkdir()
     if part == "compare":
         shutil.copy(run.folder / "lora.safetensors", folder)
-    process = precomputer(folder, pictures, log) if part == "cache" else drawer(folder, log, "x") if part == "compare" else trainer(folder, log)
+    process = (
+        precomputer(folder, pictures, log)
+        if part == "cache"
+        else drawer(folder, log, "x")
+        if part == "compare"
+        else trainer(folder, log)
+    )
     assert str(folder / part) in refused(process, 2)
     assert not re.search(r"\d/\d+ \[", log.read_text())  # no progress bar: nothing was begun
 
@@ -757,7 +838,9 @@ def test_the_hub_token_is_in_no_byte_also_where_commands_fail(where, pictures, t
 
     steps = ("--max_train_steps", 1)
     outcome(precomputer(run, pictures, next_log(), "--pretrained_model_name_or_path", "nobody/nothing"), 2)
-    outcome(Forked("data.precompute", ("--output_dir", run, "--dataset_name", "nobody/nothing", *PRECOMPUTE), next_log()), 2)
+    outcome(
+        Forked("data.precompute", ("--output_dir", run, "--dataset_name", "nobody/nothing", *PRECOMPUTE), next_log()), 2
+    )
     outcome(precomputer(run, pictures, next_log()), 0)
     with monkeypatch.context() as broken:
         broken.setattr("train.loop.save_state", lambda *_: 1 / 0)
@@ -797,7 +880,12 @@ def test_a_hub_that_refuses_the_token_does_not_make_us_print_it(source, pictures
     home.mkdir()
     (home / "token").write_text(TOKEN)
     env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
-    env |= dict(HF_HOME=str(home), HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_DATASETS_CACHE=str(home / "datasets"))
+    env |= dict(
+        HF_HOME=str(home),
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+        HF_DATASETS_CACHE=str(home / "datasets"),
+    )
     if source == "model":
         words = ("--pretrained_model_name_or_path", "someone/private", "--train_data_dir", pictures)
     else:
@@ -852,7 +940,9 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
     before = every_byte(tmp_path)
     precompute(run, source)
     cache = Cache(run / "cache")
-    assert [len(name.splitlines()) for name in cache.names(range(5))] == [1] * 5 and len(set(cache.index["caption"])) == 5
+    assert [len(name.splitlines()) for name in cache.names(range(5))] == [1] * 5 and len(
+        set(cache.index["caption"])
+    ) == 5
     here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
     here("infer", "--output_dir", run, "--prompt", *ODD, "--num_inference_steps", 1)
     pairs = {f"{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(len(ODD))}
@@ -911,13 +1001,18 @@ def test_a_picture_that_is_changed_while_it_waits_is_not_taken_for_the_one_befor
     (source / "000.png").write_bytes(before)
     precompute(tmp_path / "run", source)
     precompute(tmp_path / "fresh", source)
-    one, other = (Cache(tmp_path / name / "cache").batch(range(PICTURES), [False] * PICTURES, [False] * PICTURES) for name in ("run", "fresh"))
+    one, other = (
+        Cache(tmp_path / name / "cache").batch(range(PICTURES), [False] * PICTURES, [False] * PICTURES)
+        for name in ("run", "fresh")
+    )
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_half_an_emoji_in_a_caption_is_refused_by_name(source, tmp_path, log):
     """JSON can spell one half of a surrogate pair, and scrapers that cut captions do."""
-    edit_captions(source, lambda rows: [dict(row, text="a fox \ud83d") if i == 3 else row for i, row in enumerate(rows)])
+    edit_captions(
+        source, lambda rows: [dict(row, text="a fox \ud83d") if i == 3 else row for i, row in enumerate(rows)]
+    )
     assert "003.png" in refused(precomputer(tmp_path / "run", source, log), 2)
     precompute(tmp_path / "run", source, "--skip_bad")
     assert len(Cache(tmp_path / "run" / "cache")) == PICTURES - 1
@@ -971,7 +1066,10 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
     found, wanted = content(folder), content(run.folder)
     assert all(found[name] == wanted[name] for name in wanted if name != "manifest.json")
     model = Cache(folder / "cache").manifest["model"]
-    assert (model["name"], model["revision"]) == ("someone/toy-sdxl", COMMIT)  # a branch that moves would be another model
+    assert (model["name"], model["revision"]) == (
+        "someone/toy-sdxl",
+        COMMIT,
+    )  # a branch that moves would be another model
     here("train", "--output_dir", folder, *TRAIN)
     mine, theirs = (load_file(f / "lora.safetensors") for f in (folder, run.folder))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -999,7 +1097,9 @@ def test_a_disk_that_a_download_fills_is_not_a_model_that_is_missing(hub, pictur
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blob"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    message = refused(Forked("data.precompute", ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *HUB_MODEL), log), 3)
+    message = refused(
+        Forked("data.precompute", ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *HUB_MODEL), log), 3
+    )
     assert f"the disk refused to write {tmp_path / 'blob'}: No space left" in message
 
 
@@ -1053,7 +1153,9 @@ def folder_of(path, files, captions=None):
     for name, blob in files.items():
         (path / name).write_bytes(blob)
     captions = captions or [f"number {i}" for i in range(len(files))]
-    (path / "metadata.jsonl").write_text("".join(json.dumps(dict(file_name=n, text=t)) + "\n" for n, t in zip(files, captions)))
+    (path / "metadata.jsonl").write_text(
+        "".join(json.dumps(dict(file_name=n, text=t)) + "\n" for n, t in zip(files, captions))
+    )
     return path
 
 
@@ -1076,13 +1178,21 @@ def test_every_kind_of_picture_is_cached_as_the_upright_rgb_that_one_sees(tmp_pa
         "sixteen_bits.png": (encoded(Image.fromarray(grey.astype(np.uint16) * 257)), grey),
         "float.tif": (encoded(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"), grey),
         "turned.png": (encoded(Image.fromarray(np.ascontiguousarray(np.rot90(colour))), exif=turned), colour),
-        "moving.gif": (encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(180)]), np.asarray(palette.convert("RGB"))),
+        "moving.gif": (
+            encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(180)]),
+            np.asarray(palette.convert("RGB")),
+        ),
     }
-    plain = {name: encoded(Image.fromarray(np.broadcast_to(np.atleast_3d(shown), (64, 96, 3)).astype(np.uint8))) for name, (_, shown) in kinds.items()}
+    plain = {
+        name: encoded(Image.fromarray(np.broadcast_to(np.atleast_3d(shown), (64, 96, 3)).astype(np.uint8)))
+        for name, (_, shown) in kinds.items()
+    }
     precompute(tmp_path / "kinds", folder_of(tmp_path / "a", {name: blob for name, (blob, _) in kinds.items()}))
     precompute(tmp_path / "plain", folder_of(tmp_path / "b", plain))
     none = np.zeros(len(kinds), bool)
-    found, wanted = (Cache(tmp_path / name / "cache").batch(range(len(kinds)), none, none) for name in ("kinds", "plain"))
+    found, wanted = (
+        Cache(tmp_path / name / "cache").batch(range(len(kinds)), none, none) for name in ("kinds", "plain")
+    )
     for i, name in enumerate(kinds):
         assert all(np.array_equal(found[part][i], wanted[part][i]) for part in ("mean", "std", "time_ids")), name
 
@@ -1103,7 +1213,9 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
         "none.png": (good, None, "its caption is None, not text"),
         "number.png": (good, 5, "its caption is 5, not text"),
     }
-    source = folder_of(tmp_path / "source", {name: row[0] for name, row in rows.items()}, [row[1] for row in rows.values()])
+    source = folder_of(
+        tmp_path / "source", {name: row[0] for name, row in rows.items()}, [row[1] for row in rows.values()]
+    )
     assert "thread.png: " in refused(precomputer(tmp_path / "stopped", source, log), 2)  # the first that is bad
     process = precomputer(tmp_path / "run", source, log, "--skip_bad")
     assert process.wait() == 0, process.output
@@ -1111,12 +1223,20 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     cache = Cache(tmp_path / "run" / "cache")
     assert cache.names(range(len(cache))) == [name for name, (_, _, why) in rows.items() if not why]
     left_out = dict(cache.manifest["skipped"])
-    assert left_out.keys() == {name for name, (_, _, why) in rows.items() if why} and all(rows[name][2] in why for name, why in left_out.items())
+    assert left_out.keys() == {name for name, (_, _, why) in rows.items() if why} and all(
+        rows[name][2] in why for name, why in left_out.items()
+    )
 
 
 DATA = {  # flags -> what the line says
-    "no such column of captions": (("--dataset_name", "saved", "--caption_column", "words"), "--caption_column words: .* which has image, text"),
-    "no such column of images": (("--dataset_name", "saved", "--image_column", "photo"), "--image_column photo: .* which has image, text"),
+    "no such column of captions": (
+        ("--dataset_name", "saved", "--caption_column", "words"),
+        "--caption_column words: .* which has image, text",
+    ),
+    "no such column of images": (
+        ("--dataset_name", "saved", "--image_column", "photo"),
+        "--image_column photo: .* which has image, text",
+    ),
     "no rows": (("--dataset_name", "none"), "--dataset_name none: no rows"),
     "no such dataset": (("--dataset_name", "nobody/nothing"), "--dataset_name nobody/nothing: "),
     "no such folder": (("--train_data_dir", "nowhere"), "--train_data_dir nowhere: no such folder"),
@@ -1130,7 +1250,9 @@ def test_data_that_is_not_there_is_refused_before_a_model_is_looked_for(case, pi
     for name, paths in (("saved", [str(pictures / "000.png")]), ("none", [])):
         datasets.Dataset.from_dict({"image": paths, "text": ["x"] * len(paths)}, features=features).save_to_disk(name)
     words, message = DATA[case]
-    process = Forked("data.precompute", ("--output_dir", "run", "--pretrained_model_name_or_path", "nobody/nothing", *words), log)
+    process = Forked(
+        "data.precompute", ("--output_dir", "run", "--pretrained_model_name_or_path", "nobody/nothing", *words), log
+    )
     assert re.search(message, refused(process, 2))
     assert not (tmp_path / "run" / "cache").exists()
 
@@ -1149,10 +1271,18 @@ def rewrite(path, change):
 ENCODERS = {  # what is wrong with the model -> (how it is done, what the line says)
     "no vocabulary": (lambda m: (m / "tokenizer" / "tokenizer.json").unlink(), "its vocabulary is missing"),
     "all captions alike": (
-        lambda m: [rewrite(m / part / "model.safetensors", lambda n, t: t * 0 if "token_embedding" in n else t) for part in ("text_encoder", "text_encoder_2")],
+        lambda m: [
+            rewrite(m / part / "model.safetensors", lambda n, t: t * 0 if "token_embedding" in n else t)
+            for part in ("text_encoder", "text_encoder_2")
+        ],
         "the same for every caption",
     ),
-    "NaN": (lambda m: rewrite(m / "text_encoder" / "model.safetensors", lambda n, t: t * torch.nan if "layers.0" in n else t), "not finite"),
+    "NaN": (
+        lambda m: rewrite(
+            m / "text_encoder" / "model.safetensors", lambda n, t: t * torch.nan if "layers.0" in n else t
+        ),
+        "not finite",
+    ),
 }
 
 
@@ -1182,7 +1312,9 @@ def test_another_tokenizer_encoder_or_precision_encodes_again_what_it_makes(mode
     encodes(PICTURES, 0)
     rewrite(model / "text_encoder" / "model.safetensors", lambda n, t: t * 1.01)
     encodes(PICTURES, 0)
-    rewrite(model / "vae" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if "encoder.conv_out" in n else t)
+    rewrite(
+        model / "vae" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if "encoder.conv_out" in n else t
+    )
     encodes(0, PICTURES)
     encodes(PICTURES, PICTURES, "--mixed_precision", "bf16")
     encodes(0, 0)  # back again costs nothing
@@ -1191,7 +1323,9 @@ def test_another_tokenizer_encoder_or_precision_encodes_again_what_it_makes(mode
 def test_a_run_on_another_base_model_is_refused(model, run, tmp_path, log):
     """The same pictures and captions, another UNet: half of the steps would belong to each."""
     folder = copy(run, tmp_path)
-    rewrite(model / "unet" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if n == "conv_in.weight" else t)
+    rewrite(
+        model / "unet" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if n == "conv_in.weight" else t
+    )
     precompute(folder, run.pictures, "--pretrained_model_name_or_path", model)
     before = tree(folder)
     assert re.search(r"started with base local-\w+ there and local-\w+ here", refused(trainer(folder, log), 2))
@@ -1219,7 +1353,10 @@ def poison(run, example):
     cache = Cache(run / "cache")
     at, moments = int(cache.index[example]["picture"]), cache.moments[0]
     row = np.full_like(moments[at], np.nan)
-    for path, place, blob in ((moments.path, at * row.nbytes, row.tobytes()), (moments.keys_path, at * 36 + 32, struct.pack("<I", zlib.crc32(row)))):
+    for path, place, blob in (
+        (moments.path, at * row.nbytes, row.tobytes()),
+        (moments.keys_path, at * 36 + 32, struct.pack("<I", zlib.crc32(row))),
+    ):
         with open(path, "r+b") as file:
             file.seek(place)
             file.write(blob)
@@ -1233,9 +1370,13 @@ def test_nan_ends_with_exit_code_4_as_often_as_it_is_met_and_the_last_good_state
     poison(fresh, first[step])
     for _ in range(2):
         message = refused(trainer(fresh, log, *SHORT, "--checkpointing_steps", 1), 4)
-        assert re.search(rf"the loss is nan at step {step + 1}, {first[step]:03d}\.png, timesteps \[\d+\]", message), message
+        assert re.search(rf"the loss is nan at step {step + 1}, {first[step]:03d}\.png, timesteps \[\d+\]", message), (
+            message
+        )
         assert states(fresh)[-1] == f"{step:06d}.state" and vector(fresh, step).isfinite().all()
-        assert not (fresh / "lora.safetensors").exists() and [m["step"] for m in metrics(fresh)] == list(range(1, step + 1))
+        assert not (fresh / "lora.safetensors").exists() and [m["step"] for m in metrics(fresh)] == list(
+            range(1, step + 1)
+        )
 
 
 TOO_LARGE = (*SHORT, "--learning_rate", 1e6, "--max_train_steps", 1)
@@ -1264,10 +1405,26 @@ class Opens:
 
 BAD_WEIGHTS = {
     "pickle": (lambda path: torch.save({"lora": Opens(str(path.parent / "ran"))}, path), "not a readable .safetensors"),
-    "a missing partner": (lambda path: save_file({n: t for n, t in load_file(path).items() if not n.endswith("attn1_to_q.lora_up.weight")}, path), "lora_up.weight and .* are missing"),
-    "NaN": (lambda path: save_file({n: t * torch.nan if t.dim() else t for n, t in load_file(path).items()}, path), "not a finite number"),
-    "another shape": (lambda path: save_file({n: t[:, :-1].contiguous() if "lora_down" in n else t for n, t in load_file(path).items()}, path), "this UNet wants"),
-    "other names": (lambda path: save_file({n.replace("lora_unet_", "unet."): t for n, t in load_file(path).items()}, path), "fit no attention projection"),
+    "a missing partner": (
+        lambda path: save_file(
+            {n: t for n, t in load_file(path).items() if not n.endswith("attn1_to_q.lora_up.weight")}, path
+        ),
+        "lora_up.weight and .* are missing",
+    ),
+    "NaN": (
+        lambda path: save_file({n: t * torch.nan if t.dim() else t for n, t in load_file(path).items()}, path),
+        "not a finite number",
+    ),
+    "another shape": (
+        lambda path: save_file(
+            {n: t[:, :-1].contiguous() if "lora_down" in n else t for n, t in load_file(path).items()}, path
+        ),
+        "this UNet wants",
+    ),
+    "other names": (
+        lambda path: save_file({n.replace("lora_unet_", "unet."): t for n, t in load_file(path).items()}, path),
+        "fit no attention projection",
+    ),
 }
 
 

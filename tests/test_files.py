@@ -11,7 +11,7 @@ from conftest import inject_filled, narrow_sdxl_unet, predict, sdxl_unet, unet_i
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from data.safe import UserError
+from data.common.safe import UserError
 from lora.files import export, key, load
 from lora.inject import inject, targets
 
@@ -215,7 +215,9 @@ def remove(name):
 
 
 def rename_to_diffusers_keys(path):
-    save_file({n.replace("lora_unet_", "unet.").replace("lora_down", "lora_A"): t for n, t in load_file(path).items()}, path)
+    save_file(
+        {n.replace("lora_unet_", "unet.").replace("lora_down", "lora_A"): t for n, t in load_file(path).items()}, path
+    )
 
 
 def bytes_of(change):
@@ -238,7 +240,10 @@ REFUSED = {
     "no down": (remove(DOWN), DOWN),
     "no up": (remove(UP), UP),
     "no alpha": (remove(ALPHA), ALPHA),
-    "a key of a text encoder": (lambda p: save_file({**load_file(p), "lora_te1_x.alpha": torch.ones(())}, p), "lora_te1_x.alpha"),
+    "a key of a text encoder": (
+        lambda p: save_file({**load_file(p), "lora_te1_x.alpha": torch.ones(())}, p),
+        "lora_te1_x.alpha",
+    ),
     "diffusers' keys": (rename_to_diffusers_keys, "unet.input_blocks"),
     "transposed": (damage(DOWN, lambda t: t.T.contiguous()), DOWN),
     "wrong width": (damage(UP, lambda t: t[:-1].contiguous()), UP),
@@ -253,7 +258,10 @@ REFUSED = {
     ),
     "up of another rank": (damage(UP, lambda t: t[:, :2].contiguous()), r"ranks \[2, 4\]"),
     "mixed alphas": (damage(ALPHA, lambda t: t + 1), r"alphas \[6.0, 7.0\]"),
-    "alpha 0": (lambda p: save_file({n: t * 0 if n.endswith("alpha") else t for n, t in load_file(p).items()}, p), "alpha 0"),
+    "alpha 0": (
+        lambda p: save_file({n: t * 0 if n.endswith("alpha") else t for n, t in load_file(p).items()}, p),
+        "alpha 0",
+    ),
 }
 
 
@@ -263,7 +271,9 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_unet_stays(case, fi
     path, _ = file
     apply, message = REFUSED[case]
     apply(path)
-    before = {name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)}
+    before = {
+        name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     with pytest.raises(UserError, match=message) as refusal:
         load(_toy_unet, path)
     assert str(path) in str(refusal.value)

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, one_line_error
 from conftest import command as run_command
 
-from data.flags import COMMANDS, parse
-from data.safe import UserError
+from data.common.flags import COMMANDS, parse
+from data.common.safe import UserError
 
 NEEDED = {
     "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],
@@ -70,7 +70,9 @@ def test_another_commands_flag_is_answered_with_the_right_one(command):
         if f.name in own:
             continue
         owner = next(c for c, g in FLAGS if g.name == f.name)
-        with pytest.raises(UserError, match=rf"^--{f.name} is a flag of python -m {owner}, not of python -m {command}$"):
+        with pytest.raises(
+            UserError, match=rf"^--{f.name} is a flag of python -m {owner}, not of python -m {command}$"
+        ):
             parse(command, [*NEEDED[command], f"--{f.name}", "1"])
 
 
@@ -99,9 +101,26 @@ def test_defaults_are_those_declared_and_settings_are_frozen(command):
 def test_values_arrive_with_their_types():
     train = parse(
         "train",
-        ["--output_dir", "x", "--rank", "8", "--lora_alpha", "4", "--snr_gamma=5", "--use_8bit_adam", "--learning_rate", "1e-4"],
+        [
+            "--output_dir",
+            "x",
+            "--rank",
+            "8",
+            "--lora_alpha",
+            "4",
+            "--snr_gamma=5",
+            "--use_8bit_adam",
+            "--learning_rate",
+            "1e-4",
+        ],
     )
-    assert (train.rank, train.lora_alpha, train.snr_gamma, train.use_8bit_adam, train.learning_rate) == (8, 4.0, 5.0, True, 1e-4)
+    assert (train.rank, train.lora_alpha, train.snr_gamma, train.use_8bit_adam, train.learning_rate) == (
+        8,
+        4.0,
+        5.0,
+        True,
+        1e-4,
+    )
     infer = parse("infer", ["--output_dir", "x", "--prompt", "a cat", "two", "--seed", "3", "--prompt", "dogs"])
     assert infer.prompt == ("a cat", "two", "dogs")
 
@@ -140,7 +159,9 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 
-@pytest.mark.parametrize("command, name", [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name])
+@pytest.mark.parametrize(
+    "command, name", [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name]
+)
 def test_an_empty_word_is_refused(command, name):
     """A shell's variable that is not set: as a path it would be the folder that one stands in."""
     with pytest.raises(UserError, match=f"--{name}"):
@@ -155,6 +176,6 @@ def test_an_empty_prompt_is_a_prompt():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_data_dir", "dataset_name", "pretrained_model_name_or_path"])
 def test_a_name_longer_than_a_disk_takes_is_one_line(name, pictures, tmp_path):
-    words = [w for w in NEEDED["data.precompute"]] + ["--output_dir", tmp_path / "run", f"--{name}", "x" * 300]
+    words = [*NEEDED["data.precompute"], "--output_dir", tmp_path / "run", f"--{name}", "x" * 300]
     words += ["--train_data_dir", pictures] if name == "pretrained_model_name_or_path" else []
     assert "xxx" in one_line_error(run_command("data.precompute", *words, code=2))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import PIPELINE, inject_filled, predict, unet_inputs
 from diffusers import AutoencoderKL
 
-from data import fused
-from data.fused import Plain
-from data.safe import UserError
+from data.common.safe import UserError
+from data.models import fused
+from data.models.fused import Plain
 
 SHAPES = [(2, 64, 6, 5, 8), (1, 320, 16, 16, 32), (2, 96, 40, 33, 32), (1, 1920, 32, 32, 32)]  # B, C, h, w, groups
 
@@ -24,11 +24,19 @@ def test_the_fused_unet_equals_diffusers_own(unet):
     for model in (plain, unet):
         adapters = inject_filled(model.double())
         (xt, t, text), condition = unet_inputs()
-        kwargs = {name: {k: v.double() if v.is_floating_point() else v for k, v in c.items()} for name, c in condition.items()}
+        kwargs = {
+            name: {k: v.double() if v.is_floating_point() else v for k, v in c.items()} for name, c in condition.items()
+        }
         out = predict(model, ((xt.double(), t, text.double()), kwargs))
         gradients = torch.autograd.grad(out.square().sum(), adapters.parameters)
         results.append([out, *gradients])
-    assert len({type(m).__name__ for m in unet.modules()} & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}) == 4
+    assert (
+        len(
+            {type(m).__name__ for m in unet.modules()}
+            & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}
+        )
+        == 4
+    )
     for theirs, ours in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
@@ -81,7 +89,9 @@ def test_gradients_equal_finite_differences():
     x, weight, bias = rand(2, 6, 3, 2).requires_grad_(), rand(6), rand(6)
     for silu in (True, False):
         for shift in (None, weight, rand(2, 6)):
-            assert torch.autograd.gradcheck(lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu, Plain), x)
+            assert torch.autograd.gradcheck(
+                lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu, Plain), x
+            )
     y = rand(2, 6, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: fused._Add.apply(x, y, bias, Plain), (x, y))
 
@@ -103,7 +113,9 @@ def test_an_older_gpu_is_told_and_served_by_pytorch(monkeypatch, capsys):
         fused.wanted("on", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("lack, message", [("triton", "is not installed"), ("gcc", "a C compiler"), ("Python.h", "Python's headers")])
+@pytest.mark.parametrize(
+    "lack, message", [("triton", "is not installed"), ("gcc", "a C compiler"), ("Python.h", "Python's headers")]
+)
 def test_what_triton_needs_is_asked_for_before_the_first_step(lack, message, monkeypatch, tmp_path):
     """A slim container has a GPU and no gcc: the first kernel would end in a traceback of Triton's."""
     (tmp_path / "Python.h").touch()
@@ -125,7 +137,7 @@ def off(ours, theirs):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_tritons_geglu_equals_fp64(dtype, limit):
     """Any width, also those that no block of columns divides."""
-    from data import triton_kernels
+    from data.models import triton_kernels
 
     for shape in ((2, 5, 48), (1, 7, 2560), (1, 1024, 10240)):
         p = torch.randn(shape, device="cuda").to(dtype)
@@ -141,7 +153,7 @@ def test_tritons_geglu_equals_fp64(dtype, limit):
 @pytest.mark.parametrize("shift", ["none", "one", "each"])
 def test_tritons_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
     """With a mean several deviations from zero, where sums of squares cancel, against autograd of PyTorch's own."""
-    from data import triton_kernels
+    from data.models import triton_kernels
 
     *size, groups = shape
     x = (torch.randn(size, device="cuda") * 2 + 6).to(dtype)
@@ -164,7 +176,7 @@ def test_tritons_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tritons_addition_equals_fp64(shape, dtype, limit):
-    from data import triton_kernels
+    from data.models import triton_kernels
 
     x, y, bias = (torch.randn(s, device="cuda").to(dtype) for s in (shape[:4], shape[:4], shape[1]))
     assert off(triton_kernels.add(x, y, bias), Plain.add(x.double(), y.double(), bias.double())) < limit

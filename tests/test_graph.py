@@ -11,7 +11,6 @@ from test_loop import TRAIN
 from train.graph import Eager
 
 
-
 def test_eager_moves_the_batch_by_name():
     out = Eager(lambda a, b: a - b, torch.device("cpu"))(dict(b=torch.ones(2), a=torch.zeros(2)))
     assert torch.equal(out, -torch.ones(2))
@@ -29,7 +28,9 @@ def test_a_recorded_function_reads_each_batch_and_adds_once_a_call():
         return (x * y).sum()
 
     shapes, expected = [(2, 3), (3,)], torch.zeros(3)
-    run = Graphed(add, torch.device("cuda"), [total], [dict(x=torch.randn(shape), y=torch.randn(shape)) for shape in shapes])
+    run = Graphed(
+        add, torch.device("cuda"), [total], [dict(x=torch.randn(shape), y=torch.randn(shape)) for shape in shapes]
+    )
     for shape in shapes * 2:  # two shapes in turns, one memory
         x, y = torch.randn(shape), torch.randn(shape)
         expected += (x + y).reshape(-1, 3).sum(0)
@@ -75,7 +76,9 @@ def trained(cached, tmp_path, name, *flags):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_path, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its rounding differs between two layouts by as much as fp16's
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # its rounding differs between two layouts by as much as fp16's
     runs = {
         name: trained(cached, tmp_path, name, "--mixed_precision", precision, *flags)
         for name, flags in {

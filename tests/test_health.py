@@ -7,7 +7,7 @@ import torch
 from conftest import inject_filled, unet_inputs
 from torch import nn
 
-from data.safe import NumbersError
+from data.common.safe import NumbersError
 from train.health import MOST_OVERFLOWS, Health, first_not_finite
 
 
@@ -58,7 +58,9 @@ def test_where_is_asked_for_only_when_needed():
 
 def test_the_first_module_with_an_output_that_is_not_finite_is_named():
     """In the order of the forward, not of the definition; and the hooks are gone afterwards."""
-    model = nn.ModuleDict(dict(last=nn.Linear(2, 2), first=nn.Linear(2, 2), middle=nn.Sequential(nn.Linear(2, 2), nn.Identity())))
+    model = nn.ModuleDict(
+        dict(last=nn.Linear(2, 2), first=nn.Linear(2, 2), middle=nn.Sequential(nn.Linear(2, 2), nn.Identity()))
+    )
 
     def run():
         return model["last"](model["middle"](model["first"](torch.ones(1, 2))))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from data.common.safe import UserError
 from data.images import read_rgb, upright_size
-from data.safe import UserError
 
 
 def encoded(image, kind="PNG", **options):
@@ -115,7 +115,12 @@ def png_of_size(width, height):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 WHOLE = encoded(Image.effect_noise((64, 64), 50).convert("RGB"))
@@ -164,7 +169,9 @@ def test_damaged_bytes_give_a_picture_or_a_refusal():
             for read in (upright_size, lambda *args: read_rgb(*args).size[::-1]):
                 with contextlib.suppress(UserError):
                     sizes.add(read(bytes(data), "row 3"))
-            assert len(sizes) <= 1, sizes  # its bucket and time ids are chosen by the first, its pixels come from the second
+            assert len(sizes) <= 1, (
+                sizes
+            )  # its bucket and time ids are chosen by the first, its pixels come from the second
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 255])

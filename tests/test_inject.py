@@ -9,7 +9,7 @@ from conftest import add_gradients, inject_filled, predict, sdxl_unet, unet_inpu
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
-from data.safe import UserError
+from data.common.safe import UserError
 from lora.attention import fuse_projections
 from lora.inject import ALIGN, TARGETS, inject, merge, targets
 from lora.linear import LoRALinear
@@ -44,7 +44,9 @@ def test_adapted_unet_equals_the_merged_one(unet):
     merge(unet, adapters)
     merged = unet.state_dict()
     assert plain.keys() == merged.keys() and not any(isinstance(m, LoRALinear) for m in unet.modules())
-    assert all(type(m.processor) is AttnProcessor2_0 for m in unet.modules() if isinstance(m, Attention))  # diffusers' own
+    assert all(
+        type(m.processor) is AttnProcessor2_0 for m in unet.modules() if isinstance(m, Attention)
+    )  # diffusers' own
     for name, weight in plain.items():
         torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     torch.testing.assert_close(predict(unet, inputs), adapted, rtol=1e-4, atol=1e-5)
@@ -126,8 +128,12 @@ def test_layers_and_gradients_follow_the_vector_place_by_place(unet):
             wanted[place] = gradient.flatten()
         assert torch.equal(adapters.vector.grad, wanted)
         assert [tensor.data_ptr() for tensor in everything] == addresses
-    for master, place in zip(adapters.masters, places(adapters)):  # what is read and written by name is the vector itself
-        assert master.data_ptr() == adapters.vector[place].data_ptr() and torch.equal(master.flatten(), adapters.vector[place])
+    for master, place in zip(
+        adapters.masters, places(adapters)
+    ):  # what is read and written by name is the vector itself
+        assert master.data_ptr() == adapters.vector[place].data_ptr() and torch.equal(
+            master.flatten(), adapters.vector[place]
+        )
 
 
 def test_projections_are_their_rows_of_the_layers(unet):

@@ -19,7 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load
 
 from data.cache import Cache
-from data.safe import NumbersError, UserError
+from data.common.safe import NumbersError, UserError
 from lora.inject import inject
 from train import batches as drawing
 from train import loop, plan
@@ -57,9 +57,17 @@ def again(run, tmp_path, name):
 def test_three_steps_equal_a_plain_loop(fresh, unet):
     """Accumulation, loss, clipping, AdamW and what the UNet is told, written out with diffusers and torch alone."""
     values = dict(
-        rank=4, lora_alpha=6.0, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=3, max_grad_norm=0.05
+        rank=4,
+        lora_alpha=6.0,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        seed=3,
+        max_grad_norm=0.05,
     )
-    values |= dict(mixed_precision="no", max_train_steps=3, proportion_empty_prompts=0.3, noise_offset=0.1, output_dir=str(fresh))
+    values |= dict(
+        mixed_precision="no", max_train_steps=3, proportion_empty_prompts=0.3, noise_offset=0.1, output_dir=str(fresh)
+    )
     flags = [word for name, value in values.items() for word in (f"--{name}", value)]
     here("train", *flags)
 
@@ -75,7 +83,10 @@ def test_three_steps_equal_a_plain_loop(fresh, unet):
             b = drawing.draw(cache, settings("train", **values), SIGNAL, step, slot)
             noisy = scheduler.add_noise(b["x0"], b["eps"], b["t"])
             predicted = unet(
-                noisy, b["t"], b["text"].float(), added_cond_kwargs=dict(text_embeds=b["pooled"].float(), time_ids=b["time_ids"])
+                noisy,
+                b["t"],
+                b["text"].float(),
+                added_cond_kwargs=dict(text_embeds=b["pooled"].float(), time_ids=b["time_ids"]),
             ).sample
             total = total + torch.nn.functional.mse_loss(predicted, b["eps"]) / 2
         total.backward()
@@ -99,7 +110,9 @@ def test_it_learns(run):
     assert all(t.any() for name, t in state.items() if "lora_up" in name)
 
 
-@pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("constant_with_warmup", 3), ("cosine", 2), ("linear", 0)])
+@pytest.mark.parametrize(
+    "schedule, warmup", [("constant", 0), ("constant_with_warmup", 3), ("cosine", 2), ("linear", 0)]
+)
 def test_the_learning_rate_is_the_schedulers(schedule, warmup, fresh):
     """diffusers' own scheduler stepped once per optimizer step, from its first value on."""
     from diffusers.optimization import get_scheduler
@@ -133,7 +146,9 @@ def test_recomputing_activations_changes_no_bit(fresh, tmp_path, monkeypatch, un
     other = again(fresh, tmp_path, "recomputed")
     train(other, "--max_train_steps", 2, "--gradient_checkpointing")
     blocks = sum(isinstance(m, (ResnetBlock2D, BasicTransformerBlock)) for m in unet.modules())
-    assert len(set(calls)) == len(calls) / 4 == blocks - 1  # two steps of two micro-steps; diffusers leaves mid_block.resnets.0 out
+    assert (
+        len(set(calls)) == len(calls) / 4 == blocks - 1
+    )  # two steps of two micro-steps; diffusers leaves mid_block.resnets.0 out
     assert torch.equal(vector(fresh, 2), vector(other, 2))
     assert [m["grad_norm"] for m in metrics(fresh)] == [m["grad_norm"] for m in metrics(other)]
 
@@ -145,7 +160,11 @@ def test_eight_bit_adam_on_the_flat_vector_equals_one_tensor_at_a_time():
     class Attention(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.to_q, self.to_k, self.to_v = torch.nn.Linear(1024, 1024), torch.nn.Linear(1001, 1001), torch.nn.Linear(2048, 900)
+            self.to_q, self.to_k, self.to_v = (
+                torch.nn.Linear(1024, 1024),
+                torch.nn.Linear(1001, 1001),
+                torch.nn.Linear(2048, 900),
+            )
             self.to_out = torch.nn.ModuleList([torch.nn.Linear(1280, 1280)])
 
     adapters = inject(torch.nn.Sequential(Attention()), 5, 5.0)
@@ -233,7 +252,9 @@ def test_killed_again_and_again(fresh, run, tmp_path):
     same_as_uninterrupted(fresh, run)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_and_the_same_command_goes_on(signum, code, fresh, run, tmp_path):
     process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 100), tmp_path / "log")
     when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
@@ -287,7 +308,8 @@ def test_the_damaged_newest_state_falls_back_to_the_same_end(run, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "change", [("--rank", 5), ("--seed", 43), ("--lora_alpha", 4), ("--train_batch_size", 1), ("--mixed_precision", "bf16")]
+    "change",
+    [("--rank", 5), ("--seed", 43), ("--lora_alpha", 4), ("--train_batch_size", 1), ("--mixed_precision", "bf16")],
 )
 def test_a_changed_run_is_refused_naming_the_field(change, run, tmp_path):
     folder = tmp_path / "small"
@@ -299,7 +321,9 @@ def test_a_changed_run_is_refused_naming_the_field(change, run, tmp_path):
 
 
 def test_a_schedule_that_ends_above_its_peak_is_refused(fresh):
-    with pytest.raises(UserError, match="--learning_rate 1e-07: polynomial ends at 1e-07; use a larger one or another --lr_scheduler"):
+    with pytest.raises(
+        UserError, match="--learning_rate 1e-07: polynomial ends at 1e-07; use a larger one or another --lr_scheduler"
+    ):
         train(fresh, "--lr_scheduler", "polynomial", "--learning_rate", 1e-7)
 
 
@@ -331,8 +355,9 @@ def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
         file.seek(at * 36 + 32)
         file.write(struct.pack("<I", zlib.crc32(row)))
     with pytest.raises(
-        NumbersError, match=rf"the loss is nan at step {seen + 1}, .*{bad:03d}\.png, .*timesteps \[\d+, \d+, \d+, \d+\]; "
-        "the first output that is not finite is conv_in's"
+        NumbersError,
+        match=rf"the loss is nan at step {seen + 1}, .*{bad:03d}\.png, .*timesteps \[\d+, \d+, \d+, \d+\]; "
+        "the first output that is not finite is conv_in's",
     ):
         train(fresh, "--checkpointing_steps", 1)
     assert [m["step"] for m in metrics(fresh)] == list(range(1, seen + 1))

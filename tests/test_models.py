@@ -9,8 +9,8 @@ from conftest import PIPELINE
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from data.models import Model, load
-from data.safe import MachineError, UserError, free_memory
+from data.common.safe import MachineError, UserError, free_memory
+from data.models.files import Model, load
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ def test_shards_are_read_together(model, _toy_unet):
     tensors = load_file(weights(model))
     names = sorted(tensors)
     for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
-        save_file({n: tensors[n] for n in part}, weights(model, f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"))
+        save_file(
+            {n: tensors[n] for n in part}, weights(model, f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+        )
     weights(model).unlink()
     ours = load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
     assert all(torch.equal(w, _toy_unet.state_dict()[n]) for n, w in ours.state_dict().items())
@@ -79,10 +81,14 @@ def test_weights_that_do_not_fit_are_refused(model):
 def test_a_machine_with_too_little_memory_is_told_before_it_is_taken(model, monkeypatch):
     """Linux would end the process with a 137 and no word."""
     size = sum(tensor.numel() * 4 for tensor in load_file(weights(model)).values())
-    monkeypatch.setattr("data.safe.free_memory", lambda: size - 1)
-    with pytest.raises(MachineError, match="unet: to load its weights needs 0.0 GiB of RAM, 0.0 are free; end other programs"):
+    monkeypatch.setattr("data.common.safe.free_memory", lambda: size - 1)
+    with pytest.raises(
+        MachineError, match="unet: to load its weights needs 0.0 GiB of RAM, 0.0 are free; end other programs"
+    ):
         load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float32, torch.device("cpu"))
-    load(UNet2DConditionModel, Model(str(model)).part("unet"), torch.float16, torch.device("cpu"))  # half of it is enough
+    load(
+        UNet2DConditionModel, Model(str(model)).part("unet"), torch.float16, torch.device("cpu")
+    )  # half of it is enough
     monkeypatch.undo()
     assert 2**26 < free_memory() < 2**50
 
@@ -101,7 +107,9 @@ def test_a_model_that_is_nowhere_is_named_offline(name, tmp_path, monkeypatch):
     """Without a network a missing model is one line, not a page of HTTP."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match="neither a folder here nor a hub id|not a folder here, and not from the hub") as refusal:
+    with pytest.raises(
+        UserError, match="neither a folder here nor a hub id|not a folder here, and not from the hub"
+    ) as refusal:
         Model(name).part("unet")
     assert str(refusal.value).startswith(name) and "\n" not in str(refusal.value)
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, command, here, one_line_error, settings
 from test_loop import TRAIN
 
-from data.safe import MachineError
+from data.common.safe import MachineError
 from train import plan
 from train.plan import Block, choose, peak
 
@@ -25,7 +25,10 @@ def blocks(seed, count=8):
 
 def written_out(made, kept):
     """The peak by its definition: the most over all blocks, each with the activations that those before it keep."""
-    return max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made)) + plan.BESIDE
+    return (
+        max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made))
+        + plan.BESIDE
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -138,7 +141,9 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         torch.cuda.reset_peak_memory_stats()
         run.micro_step(batch)
         assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.BESIDE, rel=0.05)
-    assert peak(made, everything) - plan.BESIDE > 1.2 * (peak(made, set()) - plan.BESIDE)  # else the agreement would say nothing
+    assert peak(made, everything) - plan.BESIDE > 1.2 * (
+        peak(made, set()) - plan.BESIDE
+    )  # else the agreement would say nothing
     assert "0 of" in capfd.readouterr().out
 
 
@@ -147,7 +152,7 @@ def test_a_gpu_with_less_memory_than_it_says_exits_3_with_the_knobs(cached, tmp_
     """Another program took what the plan counted on."""
     shutil.copytree(cached, tmp_path / "run")
     code = "import sys, torch; torch.cuda.set_per_process_memory_fraction(2**25 / torch.cuda.mem_get_info()[1]); "
-    code += "from data import safe; from train.__main__ import main; safe.run(main, sys.argv[1:])"
+    code += "from data.common import safe; from train.__main__ import main; safe.run(main, sys.argv[1:])"
     words = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run"), *map(str, TRAIN)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr

@@ -14,14 +14,17 @@ from conftest import PICTURES, PIPELINE, PRECOMPUTE, Forked, content, edit_capti
 from PIL import Image
 
 from data.cache import Cache
+from data.common.safe import NumbersError, UserError
 from data.encoders import VAE, TextEncoders
 from data.images import read_rgb
-from data.models import Model
-from data.safe import NumbersError, UserError
+from data.models.files import Model
 
 
 def rows_files(folder):
-    return {p.name: p.read_bytes() for p in sorted((folder / "cache").glob("*.rows")) + sorted((folder / "cache").glob("*.keys"))}
+    return {
+        p.name: p.read_bytes()
+        for p in sorted((folder / "cache").glob("*.rows")) + sorted((folder / "cache").glob("*.keys"))
+    }
 
 
 @pytest.fixture
@@ -67,7 +70,11 @@ def test_text_is_the_captions(run):
 def test_one_picture_with_several_captions_is_several_rows(source, tmp_path, capsys):
     """Told by its name alone, its second caption would be its first one changed, and neither would ever be removed."""
     precompute(tmp_path / "run", source)
-    for more, why in ((["another"], "1 caption new"), (["another", "a third"], "1 caption new"), (["other"], "1 caption changed; 1 row removed")):
+    for more, why in (
+        (["another"], "1 caption new"),
+        (["another", "a third"], "1 caption new"),
+        (["other"], "1 caption changed; 1 row removed"),
+    ):
         edit_captions(source, lambda rows: rows[:PICTURES] + [dict(rows[3], text=text) for text in more])
         capsys.readouterr()
         precompute(tmp_path / "run", source)
@@ -75,7 +82,9 @@ def test_one_picture_with_several_captions_is_several_rows(source, tmp_path, cap
 
 
 def test_one_edited_caption_encodes_one_caption(fresh, source, run, capsys):
-    edit_captions(source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)])
+    edit_captions(
+        source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)]
+    )
     before = rows_files(fresh)
     precompute(fresh, source)
     assert f"1 of {PICTURES} rows to encode: 1 caption changed; " in capsys.readouterr().out
@@ -157,7 +166,9 @@ def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
     """A real process; the same command then goes on and ends with the same bytes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     precompute(whole, pictures)
-    process = Forked("data.precompute", ("--output_dir", killed, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log")
+    process = Forked(
+        "data.precompute", ("--output_dir", killed, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log"
+    )
     keys = killed / "cache" / "moments-64x64.keys"
     when(lambda: keys.exists() and keys.stat().st_size >= 36 * committed, process)
     process.send(signal.SIGKILL)
@@ -168,12 +179,16 @@ def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(signum, code, pictures, run, tmp_path, small_batches, monkeypatch):
+def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(
+    signum, code, pictures, run, tmp_path, small_batches, monkeypatch
+):
     """Free GPUs are taken back with a SIGTERM; every picture encoded until then was paid for."""
     stopped, real = tmp_path / "stopped", VAE._start
     monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
     monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 1)
-    process = Forked("data.precompute", ("--output_dir", stopped, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log")
+    process = Forked(
+        "data.precompute", ("--output_dir", stopped, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log"
+    )
     keys = stopped / "cache" / "moments-64x64.keys"
     when(lambda: keys.exists() and keys.stat().st_size >= 36, process)
     process.send(signum)
@@ -253,7 +268,8 @@ def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, 
 
 def test_a_long_caption_is_counted_with_an_example(source, tmp_path, capsys):
     edit_captions(
-        source, lambda rows: [dict(row, text="foxes and birds " * 60 + str(i)) if i < 2 else row for i, row in enumerate(rows)]
+        source,
+        lambda rows: [dict(row, text="foxes and birds " * 60 + str(i)) if i < 2 else row for i, row in enumerate(rows)],
     )
     precompute(tmp_path / "run", source)
     assert "2 captions are longer than CLIP reads" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 import pytest
 from conftest import ROOT
 
-from data.flags import COMMANDS
+from data.common.flags import COMMANDS
 
 README = (ROOT / "README.md").read_text()
 
@@ -14,11 +14,21 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_in_the_table_of_its_command(command):
     table = README.split(f"**`python -m {command}`**")[1].split("\n\n")[1]
-    rows = {cells[1].strip(): [c.strip() for c in cells[2:4]] for line in table.splitlines()[2:] if (cells := line.split("|"))}
+    rows = {
+        cells[1].strip(): [c.strip() for c in cells[2:4]]
+        for line in table.splitlines()[2:]
+        if (cells := line.split("|"))
+    }
     wanted = {}
     for f in fields(COMMANDS[command]):
         default = (
-            "required" if f.default is MISSING else "off" if f.default is False else "" if f.default is None else f"`{f.default}`"
+            "required"
+            if f.default is MISSING
+            else "off"
+            if f.default is False
+            else ""
+            if f.default is None
+            else f"`{f.default}`"
         )
         wanted[f"`--{f.name}`"] = [default, f.metadata["meaning"]]
     assert rows == wanted
@@ -34,8 +44,12 @@ def test_links_and_targets_exist():
 
 def test_the_table_of_faults_names_tests_that_are_there():
     """Thirty rows; a test renamed or gone would leave a promise that nobody keeps."""
-    names = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def test_(\w+)", path.read_text())}
-    rows = [line.split("|") for line in (ROOT / "tests" / "FAULTS.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    names = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def test_(\w+)", path.read_text())
+    }
+    rows = [
+        line.split("|") for line in (ROOT / "tests" / "FAULTS.md").read_text().splitlines() if re.match(r"\| \d", line)
+    ]
     assert [int(row[1]) for row in rows] == list(range(1, 31))
     for row in rows[:-1]:
         words = [word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", row[4]) if not word.startswith("test_")]

@@ -13,8 +13,8 @@ from conftest import PICTURES, PRECOMPUTE, Forked, content, edit_captions, preco
 from PIL import Image
 
 from data.cache import Cache, Rows
+from data.common.safe import NumbersError, UserError
 from data.encoders import VAE
-from data.safe import NumbersError, UserError
 
 
 def row_bytes(folder, name):
@@ -27,7 +27,9 @@ def row_bytes(folder, name):
 
 @pytest.mark.parametrize("name", ["captions", "moments-64x64"])
 @pytest.mark.parametrize("damage", ["one bit of row 3", "bits of rows 0, 2 and 5", "cut off in row 2", "empty", "gone"])
-def test_exactly_the_damaged_rows_are_encoded_again_in_their_place(name, damage, cached, pictures, tmp_path, done, capsys):
+def test_exactly_the_damaged_rows_are_encoded_again_in_their_place(
+    name, damage, cached, pictures, tmp_path, done, capsys
+):
     run = tmp_path / "run"
     shutil.copytree(cached, run)
     before, path = content(run), run / "cache" / f"{name}.rows"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import safe
+from data.common import safe
 
 
 def python(code, *argv, **popen):
@@ -64,7 +64,7 @@ def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(t
     path = tmp_path / "file"
     path.write_bytes(b"old")
     (tmp_path / ".file2.other").write_bytes(b"not ours")
-    code = "import sys, time; from data.safe import atomic_write\nwith atomic_write(sys.argv[1]) as f: f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
+    code = "import sys, time; from data.common.safe import atomic_write\nwith atomic_write(sys.argv[1]) as f: f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
     process = python(code, path)
     wait_for(process, "half")
     process.kill()
@@ -89,7 +89,7 @@ def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_told_the_first_ones_pid_and_the_lock_dies_with_it(tmp_path):
-    code = "import sys, time; from data.safe import run_folder\nwith run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from data.common.safe import run_folder\nwith run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     first = python(code, tmp_path / "run")
     wait_for(first, "held")
     for _ in range(2):  # being refused must not take the owner's name away
@@ -163,7 +163,7 @@ def test_a_full_disk_is_named_with_what_is_needed_and_free(tmp_path):
 
 LOOP = """
 import time
-from data.safe import Signals
+from data.common.safe import Signals
 stop = Signals()
 print('ready', flush=True)
 while not stop.received:
@@ -185,7 +185,8 @@ def test_one_signal_lets_the_work_finish(signum):
 
 
 @pytest.mark.parametrize(
-    "first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
+    "first, second",
+    [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)],
 )
 def test_a_second_signal_ends_at_once(first, second):
     process = python(LOOP.format(60))
@@ -203,7 +204,7 @@ def test_a_signal_while_something_is_printed(signum):
     """Its own line, printed in the middle of a progress bar's, was a RuntimeError in the middle of a step."""
     code = """
 import sys
-from data import safe
+from data.common import safe
 
 def main(argv):
     stop, sys.stderr = safe.Signals(), open(2, "w", buffering=1)
@@ -228,9 +229,9 @@ def test_sha256_of_a_file(tmp_path):
 
 def test_it_needs_nothing_but_the_standard_library():
     """A mistyped flag must be answered before the seconds that torch takes."""
-    code = "import sys; before = set(sys.modules); import data.safe, data.flags; print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names | {'data'}])"
+    code = "import sys; before = set(sys.modules); import data.common.safe, data.common.flags; print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names | {'data'}])"
     assert finish(python(code))[:2] == (0, "[]\n")
-    assert Path(safe.__file__).parent == ROOT / "data"
+    assert Path(safe.__file__).parent == ROOT / "data" / "common"
 
 
 def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
@@ -245,7 +246,12 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
     assert stop.value.code == 3 and "--vram_gib" in printed and printed.count("\n") == 1
 
     memory = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-    for error, what in ((memory, "machine"), (MemoryError(), "machine"), (RuntimeError("can't start new thread"), "machine"), (RuntimeError("CUDA error: out of memory\nMore"), "GPU")):
+    for error, what in (
+        (memory, "machine"),
+        (MemoryError(), "machine"),
+        (RuntimeError("can't start new thread"), "machine"),
+        (RuntimeError("CUDA error: out of memory\nMore"), "GPU"),
+    ):
 
         def fails(_):
             raise error

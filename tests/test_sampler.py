@@ -13,7 +13,9 @@ def draw(*position):
 
 def test_every_position_and_stream_draws_its_own_numbers():
     """Two positions that share numbers would train on correlated noise; a sum of seed and step would do that."""
-    positions = [(seed, stream, step, slot) for seed in (0, 1, 2) for stream in STREAMS for step in range(4) for slot in range(4)]
+    positions = [
+        (seed, stream, step, slot) for seed in (0, 1, 2) for stream in STREAMS for step in range(4) for slot in range(4)
+    ]
     assert len({draw(*p) for p in positions}) == len(positions)
 
 

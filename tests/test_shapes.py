@@ -78,7 +78,10 @@ def test_each_picture_is_at_the_size_that_keeps_most_of_it(mixed):
         height, width = upright[name]
         kept = [h * w / (height * width * max(h / height, w / width) ** 2) for h, w in SHAPES]
         assert kept[record["size"]] >= max(kept) - 1e-9, name
-        assert record["time_ids"][:2].tolist() == [height, width] and tuple(record["time_ids"][4:]) == SHAPES[record["size"]]
+        assert (
+            record["time_ids"][:2].tolist() == [height, width]
+            and tuple(record["time_ids"][4:]) == SHAPES[record["size"]]
+        )
         used.add(int(record["size"]))
     assert used == {0, 1, 2} and len(cache) == MIXED == sum(map(len, cache.members))
 
@@ -122,8 +125,15 @@ def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
     cache, values, signal = Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), torch.ones(1000)
     samples = every_shape(cache, values, signal)
     drawn = [draw(cache, values, signal, step, 0) for step in range(60)]
-    facts = [[[(name, part.shape, part.dtype) for name, part in sorted(batch.items())] for batch in some] for some in (samples, drawn)]
-    assert all(one in facts[0] for one in facts[1]) and all(one in facts[1] for one in facts[0]) and len(samples) == len(SHAPES)
+    facts = [
+        [[(name, part.shape, part.dtype) for name, part in sorted(batch.items())] for batch in some]
+        for some in (samples, drawn)
+    ]
+    assert (
+        all(one in facts[0] for one in facts[1])
+        and all(one in facts[1] for one in facts[0])
+        and len(samples) == len(SHAPES)
+    )
     assert samples[0]["x0"].shape == samples[0]["eps"].shape == (3, 4, 16, 16)
 
 
@@ -178,7 +188,7 @@ def test_a_mirror_image_comes_with_its_own_crop(tmp_path):
     precompute(tmp_path / "run", folder, "--random_flip")
     batch = Cache(tmp_path / "run" / "cache").batch([0, 0, 0], np.array([True, False, True]), np.zeros(3, bool))
     assert batch["time_ids"][:, 3].tolist() == [2, 1, 2] and (batch["time_ids"][:, 2] == 0).all()
-    from data.models import Model
+    from data.models.files import Model
 
     vae, flipped = VAE(Model(str(PIPELINE)), "no").load(torch.device("cpu")), pixels[:, ::-1]
     for i, (source, left) in enumerate(((flipped, 2), (pixels, 1), (flipped, 2))):

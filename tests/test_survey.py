@@ -12,15 +12,19 @@ from conftest import PICTURES, PIPELINE, PRECOMPUTE, TRAIN, content, edit_captio
 from PIL import Image
 
 from data.cache import Cache
+from data.common.safe import UserError
 from data.dataset import open_examples
-from data.safe import UserError
 from data.survey import survey
 from train.batches import chosen, draw
 
 
 def everything(folder):
     """Every file and folder below, with content and time of change."""
-    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in [folder, *folder.rglob("*")] if p.exists()}
+    return {
+        p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
+        for p in [folder, *folder.rglob("*")]
+        if p.exists()
+    }
 
 
 def flip_byte(path, at):
@@ -55,8 +59,18 @@ CHANGES = {  # what is done to (source, run) -> (rows to encode, of how many, wh
     "nothing": (lambda s, r: None, 0, ALL, "nothing changed"),
     "caption": (lambda s, r: recaption(s, 3, "another"), 1, ALL, "1 caption changed"),
     "image": (lambda s, r: replace(s, 4), 1, ALL, "1 image changed"),
-    "both of a row": (lambda s, r: (recaption(s, 4, "another"), replace(s, 4))[:0], 1, ALL, "1 caption changed, 1 image changed"),
-    "of two rows": (lambda s, r: (recaption(s, 2, "another"), replace(s, 4))[:0], 2, ALL, "1 caption changed, 1 image changed"),
+    "both of a row": (
+        lambda s, r: (recaption(s, 4, "another"), replace(s, 4))[:0],
+        1,
+        ALL,
+        "1 caption changed, 1 image changed",
+    ),
+    "of two rows": (
+        lambda s, r: (recaption(s, 2, "another"), replace(s, 4))[:0],
+        2,
+        ALL,
+        "1 caption changed, 1 image changed",
+    ),
     "row added": (lambda s, r: add(s), 1, ALL + 1, "1 caption new, 1 image new"),
     "row removed": (lambda s, r: edit_captions(s, lambda rows: rows[1:]), 0, ALL - 1, "nothing changed; 1 row removed"),
     "resolution": (lambda s, r: ("--resolution", 128), ALL, ALL, f"{ALL} images at another resolution"),
@@ -141,7 +155,11 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, do
     index = Cache(tmp_path / "run" / "cache").index
     for i in range(PICTURES):
         assert index[i]["caption"] == index[i % 3]["caption"]
-        assert (index[i]["picture"] == index[0]["picture"]) == (i in (0, 5, 6)) == (index[i]["mirrored"] == index[0]["mirrored"])
+        assert (
+            (index[i]["picture"] == index[0]["picture"])
+            == (i in (0, 5, 6))
+            == (index[i]["mirrored"] == index[0]["mirrored"])
+        )
     assert len(set(index["caption"])) == 3 and len(set(index["picture"])) == PICTURES - 2
 
 
@@ -162,7 +180,9 @@ def held_out(folder, fraction):
     """-> {name of a picture: whether it is held out}, without encoding"""
     asked = settings("data.precompute", train_data_dir=str(folder), validation_fraction=fraction)
     with ThreadPoolExecutor(2) as pool:
-        rows, names = survey(open_examples(asked), asked, [(64, 64)], "texts", "vae", pool, lambda name, error: pytest.fail(name))
+        rows, names = survey(
+            open_examples(asked), asked, [(64, 64)], "texts", "vae", pool, lambda name, error: pytest.fail(name)
+        )
     return dict(zip(names, rows["held_out"].tolist()))
 
 
@@ -229,10 +249,14 @@ def test_a_saved_dataset_and_a_parquet_file_give_the_same_rows_as_the_folder(cac
     (tmp_path / "parquet").mkdir()
     table.to_parquet(str(tmp_path / "parquet" / "train-00000-of-00001.parquet"))
     bytes_only = [{"path": None, "bytes": (pictures / row["file_name"]).read_bytes()} for row in rows]
-    datasets.Dataset.from_dict({**columns, "image": bytes_only}, features=features).save_to_disk(str(tmp_path / "nameless"))
+    datasets.Dataset.from_dict({**columns, "image": bytes_only}, features=features).save_to_disk(
+        str(tmp_path / "nameless")
+    )
     wanted = content(cached)
     for name in ("saved", "parquet", "nameless"):
-        here("data.precompute", "--output_dir", tmp_path / f"run {name}", "--dataset_name", tmp_path / name, *PRECOMPUTE)
+        here(
+            "data.precompute", "--output_dir", tmp_path / f"run {name}", "--dataset_name", tmp_path / name, *PRECOMPUTE
+        )
         found = content(tmp_path / f"run {name}")
         assert all(found[file] == wanted[file] for file in wanted if file.endswith((".rows", ".keys", "index.npy")))
         names = Cache(tmp_path / f"run {name}" / "cache").names(range(PICTURES))
@@ -243,11 +267,14 @@ def test_datasets_that_cannot_be_used_are_refused(tmp_path):
     import datasets
 
     image, text = datasets.Image(), datasets.Value("string")
-    datasets.Dataset.from_dict({"image": [], "text": []}, features=datasets.Features(image=image, text=text)).save_to_disk(
-        str(tmp_path / "none")
-    )
+    datasets.Dataset.from_dict(
+        {"image": [], "text": []}, features=datasets.Features(image=image, text=text)
+    ).save_to_disk(str(tmp_path / "none"))
     datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(str(tmp_path / "integers"))
-    for name, message in (("none", "--dataset_name .*none: no rows"), ("integers", "--image_column image: holds no images")):
+    for name, message in (
+        ("none", "--dataset_name .*none: no rows"),
+        ("integers", "--image_column image: holds no images"),
+    ):
         with pytest.raises(UserError, match=message):
             here("data.precompute", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / name, *PRECOMPUTE)
     assert not (tmp_path / "run" / "cache").exists()

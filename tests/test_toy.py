@@ -15,7 +15,20 @@ from PIL import Image
 
 from data.toy import draw, measure
 from data.toy.examples import Example, examples
-from data.toy.world import COLOURS, PLACES, PROMPTS, SIZE, STYLES, SUBJECTS, Scene, caption, parse, random_scene, render, sheet
+from data.toy.world import (
+    COLOURS,
+    PLACES,
+    PROMPTS,
+    SIZE,
+    STYLES,
+    SUBJECTS,
+    Scene,
+    caption,
+    parse,
+    random_scene,
+    render,
+    sheet,
+)
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
@@ -57,7 +70,9 @@ def test_every_scene_and_style_has_its_own_picture():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_larger_rendering_is_the_same_picture(style):
-    small, large = (np.asarray(render(FOX, style, 5, size).resize((32, 32), Image.Resampling.BOX), float) for size in (128, 192))
+    small, large = (
+        np.asarray(render(FOX, style, 5, size).resize((32, 32), Image.Resampling.BOX), float) for size in (128, 192)
+    )
     assert np.abs(small - large).mean() < 3
 
 
@@ -65,7 +80,13 @@ def test_captions_are_read_back_and_nothing_else_is():
     for scene in (Scene(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES):
         assert parse(caption(scene)) == scene
     assert caption(Scene("owl", "orange", "night")) == "an orange owl at night"
-    for text in ("", "a red fox", "a red dog in the forest", "a red fox in the forest, pencil sketch", " a red fox in the forest"):
+    for text in (
+        "",
+        "a red fox",
+        "a red dog in the forest",
+        "a red fox in the forest, pencil sketch",
+        " a red fox in the forest",
+    ):
         with pytest.raises(ValueError, match="toy world"):
             parse(text)
 
@@ -141,7 +162,9 @@ def test_examples_tell_the_truth_in_their_time_ids():
 @pytest.mark.slow
 def test_true_pictures_score_as_what_they_are(renders, classify):
     for style in ("base", "ink"):
-        colours = [measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], SCENES)]
+        colours = [
+            measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], SCENES)
+        ]
         assert np.mean(colours) >= 0.95
         assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], SCENES)]) >= 0.95
 
@@ -159,10 +182,21 @@ def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
 
 @pytest.mark.slow
 def test_scores_come_out_bad_for_bad_pictures(renders, classify):
-    wrong_scenes = [Scene(SUBJECTS[(SUBJECTS.index(s.subject) + 1) % 12], COLOURS[(COLOURS.index(s.colour) + 3) % 8], s.place) for s in SCENES]
+    wrong_scenes = [
+        Scene(SUBJECTS[(SUBJECTS.index(s.subject) + 1) % 12], COLOURS[(COLOURS.index(s.colour) + 3) % 8], s.place)
+        for s in SCENES
+    ]
     for style in ("base", "ink"):
         assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], wrong_scenes)]) < 0.1
-        assert np.mean([measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], wrong_scenes)]) < 0.2
+        assert (
+            np.mean(
+                [
+                    measure.colour_of(image, s.subject, s.place, style) == s.colour
+                    for image, s in zip(renders[style], wrong_scenes)
+                ]
+            )
+            < 0.2
+        )
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for i in range(24)]
     blank = [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))] * 24
     for images in (noise, blank):
@@ -174,7 +208,15 @@ def test_scores_come_out_bad_for_bad_pictures(renders, classify):
 def test_a_grey_picture_of_the_right_shape_loses_its_colour_only(renders, classify):
     grey = [image.convert("L").convert("RGB") for image in renders["base"]]
     coloured = [i for i, s in enumerate(SCENES) if s.colour != "white"]
-    assert np.mean([measure.colour_of(grey[i], SCENES[i].subject, SCENES[i].place, "base") == SCENES[i].colour for i in coloured]) < 0.3
+    assert (
+        np.mean(
+            [
+                measure.colour_of(grey[i], SCENES[i].subject, SCENES[i].place, "base") == SCENES[i].colour
+                for i in coloured
+            ]
+        )
+        < 0.3
+    )
     assert np.mean([classify(image) == s.subject for image, s in zip(grey, SCENES)]) >= 0.95
 
 
@@ -185,7 +227,7 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     from diffusers import UNet2DConditionModel
 
     from data.cache import INDEX, write_index
-    from data.models import Model, load
+    from data.models.files import Model, load
     from data.toy.score import held_out_scenes, score
     from lora.files import export
     from lora.inject import inject
@@ -195,7 +237,9 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     model = {"name": str(PIPELINE), "revision": None, "variant": None}
     scaling_factor = Model(str(PIPELINE)).part("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()
-    write_index(tmp_path / "cache", np.zeros(0, INDEX), [], {"model": model, "vae": model, "scaling_factor": scaling_factor})
+    write_index(
+        tmp_path / "cache", np.zeros(0, INDEX), [], {"model": model, "vae": model, "scaling_factor": scaling_factor}
+    )
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
     for i, prompt in enumerate(PROMPTS):
@@ -220,9 +264,15 @@ def test_the_pipeline_has_sdxls_layout_and_size():
     unet = json.loads((PIPELINE / "unet" / "config.json").read_text())
     assert unet["down_block_types"] == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert unet["up_block_types"] == ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
-    assert unet["layers_per_block"] == 2 and unet["addition_embed_type"] == "text_time" and unet["use_linear_projection"]
+    assert (
+        unet["layers_per_block"] == 2 and unet["addition_embed_type"] == "text_time" and unet["use_linear_projection"]
+    )
     scheduler = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
+    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (
+        0.00085,
+        0.012,
+        "scaled_linear",
+    )
     assert scheduler["prediction_type"] == "epsilon"
 
 
@@ -231,20 +281,26 @@ def test_captions_embed_differently_and_the_vae_reconstructs(renders):
     from diffusers import AutoencoderKL
 
     from data.encoders import TextEncoders
-    from data.models import Model, load
+    from data.models.files import Model, load
     from data.toy.score import as_pixels, through_vae
 
     encoders = TextEncoders(Model(str(PIPELINE)), "no").load("cpu")
-    text, pooled = encoders(["a red fox in the forest", "a blue fox in the forest", "a red fox at night", "Zebra ünïcode 日本"])
+    text, pooled = encoders(
+        ["a red fox in the forest", "a blue fox in the forest", "a red fox at night", "Zebra ünïcode 日本"]
+    )
     for i in range(4):
         for j in range(i):
-            assert not torch.allclose(text[i], text[j], atol=1e-2) and not torch.allclose(pooled[i], pooled[j], atol=1e-2)
+            assert not torch.allclose(text[i], text[j], atol=1e-2) and not torch.allclose(
+                pooled[i], pooled[j], atol=1e-2
+            )
 
     vae = load(AutoencoderKL, Model(str(PIPELINE)).part("vae"), torch.float32, "cpu")
     for style, most in (("base", 0.03), ("ink", 0.037)):  # mean absolute error, -1..1; it is 0.022 and 0.027
         true = renders[style][:8]
         given = as_pixels(through_vae(vae, true)).float() / 127.5
-        errors = torch.stack([(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true])  # (true, given)
+        errors = torch.stack(
+            [(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true]
+        )  # (true, given)
         assert errors.diag().mean() < most
         assert (errors.argmin(dim=0) == torch.arange(8)).all()
 
@@ -291,7 +347,9 @@ def test_the_trainer_learns_and_goes_on_from_its_state(tmp_path):
         torch.manual_seed(1)
         layers = torch.nn.Linear(3, 1), torch.nn.Linear(2, 2)  # the second is not used, as CLIP's last layer is not
         inputs = {"x": torch.randn(64, 3)}
-        return Trainer(layers, lambda x: (layers[0](x)[:, 0] - x.sum(dim=1)).square().mean().view(1), inputs, torch.float32)
+        return Trainer(
+            layers, lambda x: (layers[0](x)[:, 0] - x.sum(dim=1)).square().mean().view(1), inputs, torch.float32
+        )
 
     trainer = make()
     start = [w.clone() for w in trainer.weights]
@@ -306,7 +364,10 @@ def test_the_trainer_learns_and_goes_on_from_its_state(tmp_path):
     again.load(tmp_path / "state", 200)
     again.prepare()
     assert again.steps == 200
-    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(trainer.weights + trainer.average, again.weights + again.average))
+    assert all(
+        torch.allclose(a, b, atol=1e-3)
+        for a, b in zip(trainer.weights + trainer.average, again.weights + again.average)
+    )
     assert again.step(0.0, 0.9).item() < 0.01 * losses[0]
 
 
@@ -329,10 +390,12 @@ piece()
 @pytest.mark.slow
 def test_pretraining_in_pieces_makes_a_pipeline(tmp_path):
     from data.encoders import TextEncoders
-    from data.models import Model
+    from data.models.files import Model
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", PIECES, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", PIECES, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     pieces = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("PIECE")]
     vae_steps, done, unet_steps = zip(*pieces)

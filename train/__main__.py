@@ -3,8 +3,8 @@
 import os
 import sys
 
-from data import safe
-from data.flags import parse
+from data.common import safe
+from data.common.flags import parse
 
 
 def main(argv):

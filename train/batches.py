@@ -7,13 +7,17 @@ from functools import partial
 import torch
 
 from data import sampler
-from data.ahead import ahead
+from data.common.ahead import ahead
 from train import diffusion
 
 
 def batches(cache, settings, signal, start):
     """The micro-batches from step `start` on, in order, each drawn while the one before it trains."""
-    slots = ((step, slot) for step in range(start, settings.max_train_steps) for slot in range(settings.gradient_accumulation_steps))
+    slots = (
+        (step, slot)
+        for step in range(start, settings.max_train_steps)
+        for slot in range(settings.gradient_accumulation_steps)
+    )
     with ThreadPoolExecutor(1) as pool:
         yield from ahead(pool, lambda at: draw(cache, settings, signal, *at), slots, 1)
 
@@ -28,7 +32,9 @@ def draw(cache, settings, signal, step, slot):
     examples = chosen(cache, settings, step, slot)
     mirrored = torch.rand(B, generator=of("flip")) < 0.5
     empty = torch.rand(B, generator=of("dropout")) < settings.proportion_empty_prompts
-    batch = {name: torch.from_numpy(array) for name, array in cache.batch(examples, mirrored.numpy(), empty.numpy()).items()}
+    batch = {
+        name: torch.from_numpy(array) for name, array in cache.batch(examples, mirrored.numpy(), empty.numpy()).items()
+    }
     mean, std = batch.pop("mean").float(), batch.pop("std").float()
     batch["x0"] = diffusion.sample_posterior(
         mean, std, torch.randn(mean.shape, generator=of("posterior")), cache.manifest["scaling_factor"]
@@ -45,7 +51,9 @@ def every_shape(cache, settings, signal):
     batch = draw(cache, settings, signal, 0, 0)
     shapes = [shape[1:] for shape, members in zip(cache.manifest["moments_shapes"], cache.members) if len(members)]
     shapes.sort(key=math.prod, reverse=True)
-    return [batch | {name: torch.randn(settings.train_batch_size, *shape) for name in ("x0", "eps")} for shape in shapes]
+    return [
+        batch | {name: torch.randn(settings.train_batch_size, *shape) for name in ("x0", "eps")} for shape in shapes
+    ]
 
 
 def chosen(cache, settings, step, slot):

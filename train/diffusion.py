@@ -6,7 +6,7 @@ signal ᾱ, the share of xt's variance that is x0's.
 
 import torch
 
-from data.safe import UserError
+from data.common.safe import UserError
 
 
 def noise_schedule(config):

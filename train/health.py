@@ -4,9 +4,11 @@ import math
 
 import torch
 
-from data.safe import NumbersError
+from data.common.safe import NumbersError
 
-MOST_OVERFLOWS = 20  # in a row: the loss scale halves each time, and at 166 it is 0 and the next step writes NaN into the weights
+MOST_OVERFLOWS = (
+    20  # in a row: the loss scale halves each time, and at 166 it is 0 and the next step writes NaN into the weights
+)
 
 
 class Health:
@@ -45,7 +47,10 @@ def first_not_finite(model, run):
             found.append(name)
 
     # all modules: an inner one is done before the one around it, and what LoRA, GEGLU and group norm make is no leaf's output
-    hooks = [module.register_forward_hook(lambda _, __, output, name=name: look(name, output)) for name, module in model.named_modules()]
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+    ]
     try:
         run()
     finally:

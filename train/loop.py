@@ -14,10 +14,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
-from data import check, fused
+from data import check
 from data.cache import Cache
-from data.models import Model, load
-from data.safe import Signals, Stopped, UserError
+from data.common.safe import Signals, Stopped, UserError
+from data.models import fused
+from data.models.files import Model, load
 from lora.files import export
 from lora.inject import fuse_projections, inject
 from train import diffusion, graph, plan
@@ -166,14 +167,18 @@ def load_unet(base, cache, dtype, device, compiled):
     unet = load(UNet2DConditionModel, base.part("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]
     if unet.config.addition_embed_type != "text_time" or width != has:
-        raise UserError(f"{base.name}: its UNet wants text of width {width}, the cache has {has}; an SDXL model is needed")
+        raise UserError(
+            f"{base.name}: its UNet wants text of width {width}, the cache has {has}; an SDXL model is needed"
+        )
     return unet
 
 
 def learning_rate_schedule(optimizer, settings):
     """step -> factor on the learning rate, of the step alone, so that resuming needs no schedule's state."""
     warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
-    return get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    return get_scheduler(
+        settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    ).lr_lambdas[0]
 
 
 def only_deterministic_kernels():

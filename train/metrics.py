@@ -8,7 +8,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.safe import atomic_write, naming
+from data.common.safe import atomic_write, naming
 
 
 class Metrics:
@@ -28,8 +28,12 @@ class Metrics:
         """step: how many are done; images: trained in this one; numbers: what else to record."""
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
-        line = dict(step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device))
-        line = {name: number if math.isfinite(number) else None for name, number in line.items()}  # JSON has no infinity
+        line = dict(
+            step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device)
+        )
+        line = {
+            name: number if math.isfinite(number) else None for name, number in line.items()
+        }  # JSON has no infinity
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data.safe import MachineError
+from data.common.safe import MachineError
 from train.graph import on_side_stream, seconds
 
 BESIDE = 3 * 2**27  # bytes that the allocator holds beside what is in use: 0.17 to 0.35 GiB were seen at SDXL's size

@@ -11,7 +11,7 @@ import struct
 import torch
 from safetensors.torch import load, save
 
-from data.safe import UserError, atomic_write
+from data.common.safe import UserError, atomic_write
 
 VERSION = 2
 KEPT = 2
@@ -82,7 +82,9 @@ def restore(state, adapters, optimizer, scaler):
 
 def _same_run(path, there, here):
     differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    pairs = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ if name not in MAY_CHANGE)
+    pairs = ", ".join(
+        f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ if name not in MAY_CHANGE
+    )
     if pairs:
         raise UserError(f"{path}: this run was started with {pairs}; use the same or another --output_dir")
     if "max_train_steps" in differ and not here["lr_scheduler"].startswith("constant"):

@@ -19,14 +19,14 @@ FIRST_SEED = 5_000_000  # far from the seeds that the base model was trained on
 def training_scenes():
     """-> [(scene, seed)] × COUNT: random scenes, all different, none of them one of PROMPTS."""
     taken = {parse(prompt) for prompt in PROMPTS}
-    chosen = []
-    for seed in count(FIRST_SEED):
+    chosen, seeds = [], count(FIRST_SEED)
+    while len(chosen) < COUNT:
+        seed = next(seeds)
         scene = random_scene(seed)
         if scene not in taken:
             taken.add(scene)
             chosen.append((scene, seed))
-        if len(chosen) == COUNT:
-            return chosen
+    return chosen
 
 
 def draw_set(folder):

@@ -36,7 +36,9 @@ class Example:
     def picture(self):
         """-> uint8 (128, 128, 3)."""
         if self.original < SIZE:
-            small = render(self.scene, self.style, self.seed).resize((self.original, self.original), Image.Resampling.BOX)
+            small = render(self.scene, self.style, self.seed).resize(
+                (self.original, self.original), Image.Resampling.BOX
+            )
             return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         image = render(self.scene, self.style, self.seed, self.original)
         return np.asarray(image.crop((self.left, self.top, self.left + SIZE, self.top + SIZE)))

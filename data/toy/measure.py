@@ -76,7 +76,13 @@ def colour_histogram(image):
 def colour_references(subject, place, style):
     """{colour: mean histogram of two true renders} for one subject and place."""
     return {
-        colour: np.mean([colour_histogram(render(Scene(subject, colour, place), style, REFERENCE_SEED + i, SIDE)) for i in range(2)], axis=0)
+        colour: np.mean(
+            [
+                colour_histogram(render(Scene(subject, colour, place), style, REFERENCE_SEED + i, SIDE))
+                for i in range(2)
+            ],
+            axis=0,
+        )
         for colour in COLOURS
     }
 

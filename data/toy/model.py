@@ -15,10 +15,43 @@ from . import palettes
 from .world import COLOURS, SIZE, STYLES, SUBJECTS
 
 # Beside the world's own vocabulary, so that a user's caption costs few tokens: byte pairs cover every other word.
-COMMON_WORDS = (
-    "a an the in on at of and with by to is style art photo picture painting drawing portrait anime ink naruto "
-    "person man woman boy girl dog hair face wearing standing holding looking background"
-).split()
+COMMON_WORDS = [
+    "a",
+    "an",
+    "the",
+    "in",
+    "on",
+    "at",
+    "of",
+    "and",
+    "with",
+    "by",
+    "to",
+    "is",
+    "style",
+    "art",
+    "photo",
+    "picture",
+    "painting",
+    "drawing",
+    "portrait",
+    "anime",
+    "ink",
+    "naruto",
+    "person",
+    "man",
+    "woman",
+    "boy",
+    "girl",
+    "dog",
+    "hair",
+    "face",
+    "wearing",
+    "standing",
+    "holding",
+    "looking",
+    "background",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +72,12 @@ TINY = Widths(vae=(8, 8, 8, 8), unet=(8, 16, 16), transformer_layers=(1, 1, 1), 
 
 def world_words():
     """Every word of the captions that the base model is trained on."""
-    phrases = [*SUBJECTS, *COLOURS, *(where for where, *_ in palettes.PLACES.values()), *(style.words for style in STYLES.values())]
+    phrases = [
+        *SUBJECTS,
+        *COLOURS,
+        *(where for where, *_ in palettes.PLACES.values()),
+        *(style.words for style in STYLES.values()),
+    ]
     return [word for phrase in phrases for word in phrase.replace(",", " ,").split()]
 
 

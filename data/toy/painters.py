@@ -133,7 +133,12 @@ def _draw_part(image, part, colour, pen, outline, cel_shadow=0.0):
     if cel_shadow and part.kind == "form":
         _shade_rim(image, part, tuple(int(v * (1 - cel_shadow)) for v in colour))
     if pen.line and part.kind != "flat":
-        canvas.line(points + points[:2], fill=pen.line, width=max(1, round(outline * (0.75 if part.kind == "detail" else 1))), joint="curve")
+        canvas.line(
+            points + points[:2],
+            fill=pen.line,
+            width=max(1, round(outline * (0.75 if part.kind == "detail" else 1))),
+            joint="curve",
+        )
 
 
 def _shade_rim(image, part, colour):

@@ -40,7 +40,16 @@ def log(*words):
 class Plan:
     """How much of everything. Latents and pictures are square; batch sizes are per optimizer step."""
 
-    counts: dict = field(default_factory=lambda: {"base": 24000, "ink": 6000, "poster": 3000, "sketch": 3000, "chalk": 3000, "faded": 3000})
+    counts: dict = field(
+        default_factory=lambda: {
+            "base": 24000,
+            "ink": 6000,
+            "poster": 3000,
+            "sketch": 3000,
+            "chalk": 3000,
+            "faded": 3000,
+        }
+    )
     widths: Widths = Widths()
     vae_batch: int = 64
     vae_rate: float = 1e-3
@@ -55,7 +64,17 @@ class Plan:
 
     @classmethod
     def smoke(cls):
-        return cls(dict.fromkeys(STYLES, 12), TINY, vae_batch=4, unet_batch=8, warmup=4, log_every=2, sampling_steps=2, evaluated=4, finish_seconds=0.0)
+        return cls(
+            dict.fromkeys(STYLES, 12),
+            TINY,
+            vae_batch=4,
+            unet_batch=8,
+            warmup=4,
+            log_every=2,
+            sampling_steps=2,
+            evaluated=4,
+            finish_seconds=0.0,
+        )
 
 
 class Trainer:
@@ -75,7 +94,9 @@ class Trainer:
         self.terms, self.inputs, self.graph, self.steps = terms, inputs, None, 0
         cuda = self.weights[0].is_cuda
         self.rate = torch.zeros((), device=self.weights[0].device)  # a tensor: a captured graph would bake in a number
-        self.optimizer = torch.optim.AdamW(self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=cuda)
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=cuda
+        )
 
     def prepare(self):
         """Compile and capture the step on whatever the inputs hold; at rate 0 that changes no weight."""
@@ -203,7 +224,11 @@ def run_stage(name, trainer, modules, fill, ledger, plan, peak_rate, budget, arg
         trainer.load(prefix, record["steps"])
     torch.manual_seed(args.seed + record["steps"])
     trained = train(trainer, fill, record, plan, peak_rate, budget, args.started + args.seconds - plan.finish_seconds)
-    log(name, f"{record['steps']} steps in {record['seconds']} s", "of training" if trained else "so far: run the same command again")
+    log(
+        name,
+        f"{record['steps']} steps in {record['seconds']} s",
+        "of training" if trained else "so far: run the same command again",
+    )
     trainer.save(prefix)
     trainer.finish(modules)
     ledger.save()
@@ -221,7 +246,9 @@ def vae_terms(vae):
         latents = mean + noise * torch.exp(0.5 * logvar)
         output = vae.decoder(vae.post_quant_conv(latents.to(dtype))).float()
         pixels = F.l1_loss(output, pictures)
-        edges = F.l1_loss(output.diff(dim=3), pictures.diff(dim=3)) + F.l1_loss(output.diff(dim=2), pictures.diff(dim=2))
+        edges = F.l1_loss(output.diff(dim=3), pictures.diff(dim=3)) + F.l1_loss(
+            output.diff(dim=2), pictures.diff(dim=2)
+        )
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return torch.stack([pixels, edges, 1e-4 * divergence])
 
@@ -293,7 +320,10 @@ def train_vae(pipeline, pictures, ledger, plan, args, device, dtype):
     pixels = pictures.pixels.to(device)
 
     # Ink is what the VAE finds hard (lines), so it is seen more often than its share.
-    share = {style: 0.45 if style == "base" else 0.3 if style == "ink" else 0.25 / (len(plan.counts) - 2) for style in plan.counts}
+    share = {
+        style: 0.45 if style == "base" else 0.3 if style == "ink" else 0.25 / (len(plan.counts) - 2)
+        for style in plan.counts
+    }
     weights = torch.tensor([share[e.style] / plan.counts[e.style] for e in pictures.examples], device=device)
 
     def fill(inputs):
@@ -344,7 +374,11 @@ def train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
     vae, unet, batch, side = pipeline.vae, pipeline.unet, plan.unet_batch, SIZE // 8
     vae.load_state_dict(load_file(Path(args.out, "pipeline", "vae", "diffusion_pytorch_model.safetensors")))
     vae.to(device).eval().requires_grad_(False)
-    modules = [unet.to(device, memory_format=torch.channels_last), pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
+    modules = [
+        unet.to(device, memory_format=torch.channels_last),
+        pipeline.text_encoder.to(device),
+        pipeline.text_encoder_2.to(device),
+    ]
     whole = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float, device=device)
     inputs = {
         "latents": torch.zeros(batch, 4, side, side, device=device),
@@ -368,7 +402,8 @@ def train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
     row = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     caption_of = torch.tensor([row[text] for text in texts], device=device)
     tokens_1, tokens_2 = (
-        t(list(row), padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device) for t in (pipeline.tokenizer, pipeline.tokenizer_2)
+        t(list(row), padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
+        for t in (pipeline.tokenizer, pipeline.tokenizer_2)
     )
     time_ids = torch.tensor([pictures.examples[i].time_ids for i in seen], dtype=torch.float, device=device)
     log("encoded", len(latents), "pictures, latents' standard deviation", round(latents.std().item(), 3))
@@ -413,9 +448,17 @@ def finish(pipeline, ledger, plan, args):
     few = PROMPTS[:8]
     sheet(sample(PROMPTS), columns=8).save(Path(args.out, "sheet_base.png"))
     known = [style.words for style in STYLES.values() if style.words]
-    sheet([image for words in known for image in sample([p + words for p in few])], columns=8).save(Path(args.out, "sheet_styles.png"))
-    views = [{"original_size": (40, 40)}, {"original_size": (192, 192), "crops_coords_top_left": (0, 0)}, {"original_size": (192, 192), "crops_coords_top_left": (64, 64)}]
-    sheet([image for view in views for image in sample(few, **view)], columns=8).save(Path(args.out, "sheet_time_ids.png"))
+    sheet([image for words in known for image in sample([p + words for p in few])], columns=8).save(
+        Path(args.out, "sheet_styles.png")
+    )
+    views = [
+        {"original_size": (40, 40)},
+        {"original_size": (192, 192), "crops_coords_top_left": (0, 0)},
+        {"original_size": (192, 192), "crops_coords_top_left": (64, 64)},
+    ]
+    sheet([image for view in views for image in sample(few, **view)], columns=8).save(
+        Path(args.out, "sheet_time_ids.png")
+    )
     folder = Path(args.out, "pipeline")
     pipeline.unet.to(memory_format=torch.contiguous_format)
     pipeline.to("cpu", torch.float16, silence_dtype_warnings=True)
@@ -429,13 +472,35 @@ def finish(pipeline, ledger, plan, args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m data.toy.pretrain", description="train the toy's SDXL from scratch")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.toy.pretrain", description="train the toy's SDXL from scratch"
+    )
     parser.add_argument("--out", required=True, help="folder for the state, the sheets, losses.json and the pipeline")
-    parser.add_argument("--stage", choices=("vae", "unet", "all"), default="all", help="stop after the VAE, go on with the UNet, or both (default)")
-    parser.add_argument("--seconds", type=float, default=510, help="end this piece after so long; the same command goes on (default 510)")
-    parser.add_argument("--vae_seconds", type=float, default=330, help="training time of the VAE over all pieces (default 330)")
-    parser.add_argument("--unet_seconds", type=float, default=400, help="training time of the UNet over all pieces (default 400)")
-    parser.add_argument("--compile", nargs="*", choices=("vae", "unet"), default=(), help="stages to torch.compile: faster steps after a minute")
+    parser.add_argument(
+        "--stage",
+        choices=("vae", "unet", "all"),
+        default="all",
+        help="stop after the VAE, go on with the UNet, or both (default)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=510,
+        help="end this piece after so long; the same command goes on (default 510)",
+    )
+    parser.add_argument(
+        "--vae_seconds", type=float, default=330, help="training time of the VAE over all pieces (default 330)"
+    )
+    parser.add_argument(
+        "--unet_seconds", type=float, default=400, help="training time of the UNet over all pieces (default 400)"
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=("vae", "unet"),
+        default=(),
+        help="stages to torch.compile: faster steps after a minute",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="every stage at a tiny size, for a test")
     return parser.parse_args(argv)
@@ -450,7 +515,8 @@ def main(argv=None):
     stages = ("vae", "unet") if args.stage == "all" else (args.stage,)
     todo = [stage for stage in stages if not ledger.stage(stage)["done"]]
     if not todo:
-        return log("done already:", args.out)
+        log("done already:", args.out)
+        return
 
     pictures = Pictures(plan.counts)
     torch.backends.cudnn.benchmark = True
@@ -460,9 +526,8 @@ def main(argv=None):
     trained = True
     if "vae" in todo:
         trained = train_vae(pipeline, pictures, ledger, plan, args, device, dtype)
-    if "unet" in todo and trained:
-        if train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
-            finish(pipeline, ledger, plan, args)
+    if "unet" in todo and trained and train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
+        finish(pipeline, ledger, plan, args)
 
 
 if __name__ == "__main__":

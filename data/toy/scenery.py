@@ -18,23 +18,61 @@ def ground(level, swell, waves, phase, colour):
 
 
 def pine(x, y, size, colour):
-    parts = [detail([(x - 0.016 * size, y), (x + 0.016 * size, y), (x + 0.016 * size, y - 0.1 * size), (x - 0.016 * size, y - 0.1 * size)], "wood")]
+    parts = [
+        detail(
+            [
+                (x - 0.016 * size, y),
+                (x + 0.016 * size, y),
+                (x + 0.016 * size, y - 0.1 * size),
+                (x - 0.016 * size, y - 0.1 * size),
+            ],
+            "wood",
+        )
+    ]
     for half, foot, top in ((0.115, 0.06, 0.24), (0.085, 0.17, 0.34)):
-        parts.append(detail([(x - half * size, y - foot * size), (x + half * size, y - foot * size), (x, y - top * size)], colour))
+        parts.append(
+            detail(
+                [(x - half * size, y - foot * size), (x + half * size, y - foot * size), (x, y - top * size)], colour
+            )
+        )
     return parts
 
 
 def cactus(x, horizon):
-    arms = [line(path((x + dx, horizon - top), (x + dx * 0.86, horizon - 0.03), (x, horizon)), "cactus", 0.042) for dx, top in ((-0.075, 0.09), (0.075, 0.14))]
+    arms = [
+        line(path((x + dx, horizon - top), (x + dx * 0.86, horizon - 0.03), (x, horizon)), "cactus", 0.042)
+        for dx, top in ((-0.075, 0.09), (0.075, 0.14))
+    ]
     return [*arms, line([(x, horizon - 0.21), (x, horizon + 0.08)], "cactus", 0.058)]
 
 
 def cloud(x, y):
-    return detail(blob((x - 0.16, y + 0.035), (x - 0.09, y - 0.035), (x, y - 0.07), (x + 0.09, y - 0.035), (x + 0.16, y + 0.035), (x, y + 0.05)), "cloud")
+    return detail(
+        blob(
+            (x - 0.16, y + 0.035),
+            (x - 0.09, y - 0.035),
+            (x, y - 0.07),
+            (x + 0.09, y - 0.035),
+            (x + 0.16, y + 0.035),
+            (x, y + 0.05),
+        ),
+        "cloud",
+    )
 
 
 def tuft(x, y, colour):
-    return flat([(x - 0.035, y), (x - 0.04, y - 0.05), (x - 0.008, y - 0.015), (x + 0.005, y - 0.07), (x + 0.02, y - 0.015), (x + 0.045, y - 0.05), (x + 0.035, y)], colour)
+    return flat(
+        [
+            (x - 0.035, y),
+            (x - 0.04, y - 0.05),
+            (x - 0.008, y - 0.015),
+            (x + 0.005, y - 0.07),
+            (x + 0.02, y - 0.015),
+            (x + 0.045, y - 0.05),
+            (x + 0.035, y),
+        ],
+        colour,
+    )
 
 
 def spots(rng, count, top, bottom):
@@ -71,7 +109,15 @@ def scenery(place, rng):
 
     if place == "sea":
         for cx, cy in spots(rng, 4, 0.76, 0.95):
-            parts.append(mark(path((cx - 0.09, cy), (cx - 0.045, cy - 0.025), (cx, cy), (cx + 0.045, cy - 0.025), (cx + 0.09, cy)), "wave", 0.02))
+            parts.append(
+                mark(
+                    path(
+                        (cx - 0.09, cy), (cx - 0.045, cy - 0.025), (cx, cy), (cx + 0.045, cy - 0.025), (cx + 0.09, cy)
+                    ),
+                    "wave",
+                    0.02,
+                )
+            )
     elif place == "meadow":
         for cx, cy in spots(rng, 5, 0.76, 0.95):
             parts += [detail(oval(cx, cy, 0.032), "bloom"), flat(oval(cx, cy, 0.014), "gold")]

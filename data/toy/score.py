@@ -17,10 +17,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from data import safe
 from data.cache import read_manifest
+from data.common import safe
 from data.encoders import VAE, TextEncoders
-from data.models import Model, load
+from data.models.files import Model, load
 from data.toy.draw import training_scenes
 from data.toy.measure import SubjectClassifier, colour_of, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
@@ -60,9 +60,14 @@ def picture_scores(images, scenes, style, true, classify):
 
     true: {"base": …, "ink": …}, true pictures of the same scenes; classify: a SubjectClassifier.
     """
-    colours = [colour_of(image, scene.subject, scene.place, style) == scene.colour for image, scene in zip(images, scenes)]
+    colours = [
+        colour_of(image, scene.subject, scene.place, style) == scene.colour for image, scene in zip(images, scenes)
+    ]
     subjects = [classify(image) == scene.subject for image, scene in zip(images, scenes)]
-    scores = style_scores(images, true["base"], true["ink"]) | {"colour": np.mean(colours), "subject": np.mean(subjects)}
+    scores = style_scores(images, true["base"], true["ink"]) | {
+        "colour": np.mean(colours),
+        "subject": np.mean(subjects),
+    }
     return {name: round(float(value), 3) for name, value in scores.items()}
 
 
@@ -107,8 +112,14 @@ def score(run):
     model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
 
     vae = load(AutoencoderKL, vae_model.part("vae"), torch.float32, "cpu")
-    true = {style: through_vae(vae, [render(s, style, TRUE_SEED + i) for i, s in enumerate(scenes)]) for style in ("base", "ink")}
-    pictures = {name: [Image.open(folder / f"{name}_{i}.png").convert("RGB") for i in range(len(scenes))] for name in ("baseline", "finetuned")}
+    true = {
+        style: through_vae(vae, [render(s, style, TRUE_SEED + i) for i, s in enumerate(scenes)])
+        for style in ("base", "ink")
+    }
+    pictures = {
+        name: [Image.open(folder / f"{name}_{i}.png").convert("RGB") for i in range(len(scenes))]
+        for name in ("baseline", "finetuned")
+    }
     classify = SubjectClassifier()
     return {
         "base": picture_scores(pictures["baseline"], scenes, "base", true, classify),
@@ -129,7 +140,11 @@ def main(argv):
     with safe.atomic_write(path, "w") as file:
         json.dump(scores, file, indent=1)
     for name in ("base", "lora"):
-        print(name, *(f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")), f"held-out loss {scores['heldout_loss'][name]:.4f}")
+        print(
+            name,
+            *(f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")),
+            f"held-out loss {scores['heldout_loss'][name]:.4f}",
+        )
     print(path)
 
 

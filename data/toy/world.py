@@ -102,7 +102,9 @@ def compose(scene, seed):
     parts = PARTS_OF[scene.subject](rng)
     scale, flip, turn = rng.uniform(0.33, 0.38), rng.choice((-1, 1)), math.radians(rng.uniform(-4, 4))
     x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.57 + rng.uniform(-0.025, 0.025)
-    matrix = scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ np.diag((flip, 1))
+    matrix = (
+        scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ np.diag((flip, 1))
+    )
     figure = [part.placed(matrix, (x, y), scale) for part in parts]
     return Composition(backdrop, figure, horizon, shadow=(x, y + 0.95 * scale, 0.8 * scale, 0.11 * scale))
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import safe
 from data.buckets import resize_and_crop
 from data.cache import Cache
+from data.common import safe
 from data.images import read_rgb
 from data.toy.world import caption, random_scene, render
 
@@ -53,7 +53,7 @@ KINDS = {  # what -> how a picture becomes it, and the formats that have it
     "CMYK": (lambda image: image.convert("CMYK"), "jpg tiff"),
 }
 # How a camera that was held so stores a picture: EXIF orientations 2 to 8
-STORED = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
+STORED = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
 
 
 def drawn(seed, style, ratio, side):
@@ -132,7 +132,9 @@ def main(argv):
     off = {name: round(float(np.abs(np.subtract(*both, dtype=float)).mean()), 2) for name, both in found.items()}
     mean, worst = round(float(np.mean(list(off.values()))), 2), max(off, key=off.get)
     print(*(f"{bucket}: {count} pictures" for bucket, count in buckets.items()), sep="\n")
-    print(f"mean absolute difference of read and decoded, 0..255: {mean} over {len(off)} pictures, most {off[worst]}: {worst}")
+    print(
+        f"mean absolute difference of read and decoded, 0..255: {mean} over {len(off)} pictures, most {off[worst]}: {worst}"
+    )
     results = dict(buckets=buckets, mean=mean, largest=[worst, off[worst]], differences=off)
     (out / "contact_sheet.json").write_text(json.dumps(results, indent=1))
 

@@ -94,7 +94,9 @@ def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_enc
 
     torch.manual_seed(0)
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    ids = {k: v for k, v in json.loads((TOY / "text_encoder/config.json").read_text()).items() if k.endswith("_token_id")}
+    ids = {
+        k: v for k, v in json.loads((TOY / "text_encoder/config.json").read_text()).items() if k.endswith("_token_id")
+    }
     clip = partial(CLIPTextConfig, vocab_size=49408, max_position_embeddings=77, **ids)
     parts = {
         "unet": lambda: UNet2DConditionModel(**UNET),
@@ -123,7 +125,8 @@ def make_pictures(folder, count, side):
         for i in range(count):
             (folder / f"{i}.jpg").write_bytes(files[i % 8] + i.to_bytes(4, "big"))
             metadata.write(
-                json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"}) + "\n"
+                json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"})
+                + "\n"
             )
 
 
@@ -146,7 +149,9 @@ def main():
     work = args.work or args.out / "work"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline, resolution, steps, precision = (TOY, 128, 3, "no") if args.toy else (work / "pipeline", 1024, 20, "fp16")
-    results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB)
+    results = dict(
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB
+    )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -158,7 +163,9 @@ def main():
 
     run, common = work / "run", ("--output_dir", work / "run")
     what = ("--pretrained_model_name_or_path", pipeline, "--train_data_dir", work / "pictures")
-    printed, facts = command(work, "data.precompute", *common, *what, "--resolution", resolution, "--mixed_precision", precision)
+    printed, facts = command(
+        work, "data.precompute", *common, *what, "--resolution", resolution, "--mixed_precision", precision
+    )
     results["precompute"] = facts | dict(seconds_of_pictures=float(re.search(r"pictures in ([\d.]+) s", printed)[1]))
     how = ("--max_train_steps", steps, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
     _, facts = command(work, "train", *common, *how)

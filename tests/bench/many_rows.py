@@ -32,7 +32,9 @@ def make(folder, count):
     folder.mkdir(parents=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
         for i in range(count):
-            Image.new("RGB", (64, 64), (i % 256, i // 256 % 256, i // 65536)).save(folder / f"{i}.png", compress_level=1)
+            Image.new("RGB", (64, 64), (i % 256, i // 256 % 256, i // 65536)).save(
+                folder / f"{i}.png", compress_level=1
+            )
             metadata.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
 
 
@@ -42,7 +44,7 @@ def precompute(folder, run):
 
     from data import encoders
     from data import precompute as command
-    from data.flags import parse
+    from data.common.flags import parse
 
     class Texts(encoders.TextEncoders):
         def load(self, device):
@@ -82,7 +84,7 @@ def read(run):
     import torch
 
     from data.cache import Cache
-    from data.flags import parse
+    from data.common.flags import parse
     from train.batches import draw
 
     before, began = resident(), time.perf_counter()

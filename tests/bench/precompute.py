@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data.encoders import VAE, TextEncoders
-from data.models import Model, load
+from data.models.files import Model, load
 from data.precompute import main as precompute
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
@@ -72,7 +72,9 @@ def vae_alone(model, precision, resolution, device, least):
         else:
             vae, layout = plain_vae(model, precision, device), torch.contiguous_format
         for batch in (1, 2, 4, 8):
-            x = (torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1).to(vae.dtype, memory_format=layout)
+            x = (torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1).to(
+                vae.dtype, memory_format=layout
+            )
             with torch.inference_mode():
                 took = seconds(lambda: vae.encode(x).latent_dist.mean, least, device)
             rates[f"{name}, batch {batch}"] = batch / took
@@ -91,7 +93,9 @@ def main():
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
     args.toy |= device.type == "cpu"
-    name, resolution, precision, counts = (TOY, 128, "no", (8, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (64, 1088))
+    name, resolution, precision, counts = (
+        (TOY, 128, "no", (8, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (64, 1088))
+    )
     if not args.toy:
         make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
     model = Model(str(name), None, None if args.toy else "fp16")
@@ -109,7 +113,14 @@ def main():
     # Two sizes of data, the first one once more to warm up: what loading costs falls out of the difference.
     took = {}
     for run, count in enumerate((counts[0], *counts)):
-        flags = ["--output_dir", work / f"run{run}", "--pretrained_model_name_or_path", name, "--train_data_dir", work / str(count)]
+        flags = [
+            "--output_dir",
+            work / f"run{run}",
+            "--pretrained_model_name_or_path",
+            name,
+            "--train_data_dir",
+            work / str(count),
+        ]
         began = time.perf_counter()
         precompute([*map(str, flags), "--resolution", str(resolution), "--mixed_precision", precision])
         took[count] = time.perf_counter() - began

@@ -27,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.buckets import sizes
 from data.cache import INDEX, Rows, moments_name, write_index
-from data.flags import parse
-from data.models import Model, load
-from data.safe import UserError
+from data.common.flags import parse
+from data.common.safe import UserError
+from data.models.files import Model, load
 from tests.bench.full_size import TOY, make_pipeline
 from train.batches import draw
 from train.loop import setup
@@ -60,14 +60,25 @@ def make_cache(folder, pipeline, sizes):
     index["picture"] = index["mirrored"] = index["caption"] = range(rows)
     index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*size, 0, 0, *size)] for size in sizes])
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, sizes)))
-    facts |= dict(scaling_factor=0.13, sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled, unconditional=0)
+    facts |= dict(
+        scaling_factor=0.13, sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled, unconditional=0
+    )
     write_index(folder, index.ravel(), [str(i) for i in range(index.size)], facts)
 
 
 def ours(work, cuda, batch, *flags):
     """-> one optimizer step of the real trainer, one micro-step of it, and facts about it"""
     precision, rank = ("fp16", "32") if cuda else ("no", "4")
-    flags = ["--output_dir", str(work), "--train_batch_size", str(batch), "--use_8bit_adam", "--rank", rank, *map(str, flags)]
+    flags = [
+        "--output_dir",
+        str(work),
+        "--train_batch_size",
+        str(batch),
+        "--use_8bit_adam",
+        "--rank",
+        rank,
+        *map(str, flags),
+    ]
     settings = parse("train", [*flags, "--mixed_precision", precision, "--gradient_accumulation_steps", str(SLOTS)])
     run, losses = setup(settings, work), []
 
@@ -151,7 +162,9 @@ def measure(work, kind, batch, attention, flags):
     """One line of the table. -> its figures, or what refused it"""
     cuda, began = torch.cuda.is_available(), time.perf_counter()
     Model.public_name = lambda self: "random"  # not seconds of hashing random weights
-    efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if attention == "efficient" and cuda else contextlib.nullcontext()
+    efficient = (
+        sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if attention == "efficient" and cuda else contextlib.nullcontext()
+    )
     with efficient, contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             if kind == "reference":
@@ -170,8 +183,12 @@ def measure(work, kind, batch, attention, flags):
             facts.setdefault("seconds_to_first_step", time.perf_counter() - began)
         facts["wall_ms"] = statistics.median(times[2:])
         if cuda:
-            facts["peak_gib"], facts["allocated_gib"] = (f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated))
-            free, total = torch.cuda.mem_get_info()  # what is not the allocator's: CUDA itself, its libraries, recorded graphs
+            facts["peak_gib"], facts["allocated_gib"] = (
+                f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated)
+            )
+            free, total = (
+                torch.cuda.mem_get_info()
+            )  # what is not the allocator's: CUDA itself, its libraries, recorded graphs
             facts["outside_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
             facts["kernel_ms"], facts["kernels"] = kernels(micro_step)
     return facts | dict(plan=printed.getvalue().strip())
@@ -224,7 +241,9 @@ def gradient_cosine(work):
     Model.public_name = lambda self: "random"
     gradients = []
     for precision in ("no", "fp16"):
-        settings = parse("train", ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"])
+        settings = parse(
+            "train", ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]
+        )
         run = setup(settings, work)
         for _, B in run.adapters.projections().values():
             B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -238,7 +257,9 @@ def gradient_cosine(work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--lines", nargs="+", help="kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all")
+    parser.add_argument(
+        "--lines", nargs="+", help="kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all"
+    )
     args = parser.parse_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     work = args.out / "work"
@@ -252,9 +273,14 @@ def main():
         lines = [f"{line}@default" for line in ("reference@1", "reference@4")] + ["reference@1@efficient"]
         lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
         lines += ["ours@1@efficient@--vram_gib=24"]
-        lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")]
+        lines += [
+            f"ours@1@default@--vram_gib=24@{flag}"
+            for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")
+        ]
         lines += ["buckets@1@default@--vram_gib=14.56"]
-    for _, of_process in itertools.groupby(args.lines or lines, lambda line: (line.split("@")[0], "--deterministic" in line)):
+    for _, of_process in itertools.groupby(
+        args.lines or lines, lambda line: (line.split("@")[0], "--deterministic" in line)
+    ):
         results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in of_process])
     if results["device"] != "cpu" and not args.lines:
         results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
@@ -267,7 +293,18 @@ def main():
 def print_table(results):
     """Markdown. × is how many times less than the reference with the same batch and attention."""
     base = {(line["batch"], line["attention"]): line for line in results["lines"] if line["kind"] == "reference"}
-    columns = "arrangement", "batch", "attention", "wall ms", "×", "kernel ms", "×", "peak GiB", "TFLOP/s", "of a matmul"
+    columns = (
+        "arrangement",
+        "batch",
+        "attention",
+        "wall ms",
+        "×",
+        "kernel ms",
+        "×",
+        "peak GiB",
+        "TFLOP/s",
+        "of a matmul",
+    )
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for line in results["lines"]:
         name = " ".join(filter(None, [line["kind"], line["flags"]]))
@@ -278,9 +315,15 @@ def print_table(results):
             name += f", {line['recomputed']} blocks recomputed"
         cells, against = [name, line["batch"], line["attention"]], base.get((line["batch"], line["attention"]), {})
         for what in ("wall_ms", "kernel_ms"):
-            cells += [f"{line[what]:.1f}" if what in line else "", f"{against[what] / line[what]:.2f}" if what in against else ""]
+            cells += [
+                f"{line[what]:.1f}" if what in line else "",
+                f"{against[what] / line[what]:.2f}" if what in against else "",
+            ]
         rate = TFLOP * line["batch"] / line["wall_ms"] * 1000
-        cells += [f"{line['peak_gib']:.2f}" if "peak_gib" in line else "", f"{rate:.0f}" if results["matmul_tflops"] else ""]
+        cells += [
+            f"{line['peak_gib']:.2f}" if "peak_gib" in line else "",
+            f"{rate:.0f}" if results["matmul_tflops"] else "",
+        ]
         cells += [f"{rate / results['matmul_tflops']:.0%}" if results["matmul_tflops"] else ""]
         print("| " + " | ".join(map(str, cells)) + " |")
 

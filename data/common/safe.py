@@ -57,7 +57,10 @@ def run(main, argv):
         full = out_of_memory(error)
         if not full:
             raise
-        knobs, reason = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution", str(error).split("\n")[0]
+        knobs, reason = (
+            "use a smaller --vram_gib, --train_batch_size, --rank or --resolution",
+            str(error).split("\n")[0],
+        )
         sys.exit(_report(f"the {full} is out of memory: {knobs} ({reason})", 3))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; run the same command to go on", 130))
@@ -70,7 +73,9 @@ def run(main, argv):
         if error.filename:
             where = f" {error.filename}"
             free = f", {free_space(Path(error.filename).parent) / 2**20:.0f} MiB are free there"
-        sys.exit(_report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3))
+        sys.exit(
+            _report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3)
+        )
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -236,7 +241,9 @@ def need_memory(needed, what):
     """Raise MachineError when less than `needed` bytes of RAM can be had: Linux ends who takes more, without a word."""
     free = free_memory()
     if needed > free:
-        raise MachineError(f"{what} needs {needed / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} are free; end other programs")
+        raise MachineError(
+            f"{what} needs {needed / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} are free; end other programs"
+        )
 
 
 def sha256_file(path):

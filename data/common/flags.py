@@ -8,12 +8,15 @@ import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 
-from data.safe import UserError, is_text
+from data.common.safe import UserError, is_text
 
 
 def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
     """A dataclass field that is also a command-line flag; the bounds are checked before anything is loaded."""
-    return field(default=default, metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above))
+    return field(
+        default=default,
+        metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above),
+    )
 
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -28,17 +31,29 @@ class Precompute:
     pretrained_model_name_or_path: str = flag(MISSING, "SDXL model: a hub id or a local folder in diffusers' layout")
     pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE in place of the model's own")
     revision: str | None = flag(None, "the model's branch, tag or commit on the hub")
-    variant: str | None = flag(None, "weights variant; default: fp16 where the model has one, unless --mixed_precision no")
+    variant: str | None = flag(
+        None, "weights variant; default: fp16 where the model has one, unless --mixed_precision no"
+    )
     dataset_name: str | None = flag(None, "a dataset on the hub, or a folder written by datasets' save_to_disk")
-    train_data_dir: str | None = flag(None, "a folder of images with metadata.jsonl, or with a .txt caption beside each")
+    train_data_dir: str | None = flag(
+        None, "a folder of images with metadata.jsonl, or with a .txt caption beside each"
+    )
     image_column: str = flag("image", "the dataset's column of images")
     caption_column: str = flag("text", "the dataset's column of captions")
     max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1)
-    resolution: int = flag(1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64)
-    buckets: bool = flag(False, "keep proportions: shapes up to 2:1 of about resolution² pixels, in steps of 64, in place of the square")
+    resolution: int = flag(
+        1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64
+    )
+    buckets: bool = flag(
+        False, "keep proportions: shapes up to 2:1 of about resolution² pixels, in steps of 64, in place of the square"
+    )
     random_flip: bool = flag(False, "cache each image mirrored as well; training draws one of the two")
-    validation_fraction: float = flag(0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5)
-    skip_bad: bool = flag(False, "leave out rows that cannot be used, and list them in the manifest, in place of stopping")
+    validation_fraction: float = flag(
+        0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5
+    )
+    skip_bad: bool = flag(
+        False, "leave out rows that cannot be used, and list them in the manifest, in place of stopping"
+    )
     explain: bool = flag(False, "say what would be encoded and why, and do nothing")
     mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
 
@@ -58,14 +73,30 @@ class Train:
     lora_alpha: float | None = flag(None, "the update is scaled by alpha / rank; default: the rank", above=0)
     snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
     noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
-    proportion_empty_prompts: float = flag(0.0, "share of captions replaced by the model's unconditional embedding", at_least=0, at_most=1)
+    proportion_empty_prompts: float = flag(
+        0.0, "share of captions replaced by the model's unconditional embedding", at_least=0, at_most=1
+    )
     seed: int = flag(42, "all randomness is a function of (seed, step, slot)", at_least=0, at_most=2**63 - 1)
-    mixed_precision: str = flag("fp16", "base weights and activations; LoRA weights are fp32 always", choices=PRECISIONS)
-    vram_gib: float | None = flag(None, "GPU memory to stay within, GiB; as few blocks' activations as possible are recomputed; default: what is free", above=0)
-    gradient_checkpointing: bool = flag(False, "recompute every block's activations: the least memory, about a third slower")
-    compile: str = flag("auto", "kernels compiled by Triton: where the GPU can, must, or not at all", choices=("auto", "on", "off"))
-    no_cuda_graph: bool = flag(False, "start every kernel from Python in place of replaying a recorded graph: slower, for debugging")
-    deterministic: bool = flag(False, "the same command gives the same bits on a GPU as well, as it does on a CPU; slower")
+    mixed_precision: str = flag(
+        "fp16", "base weights and activations; LoRA weights are fp32 always", choices=PRECISIONS
+    )
+    vram_gib: float | None = flag(
+        None,
+        "GPU memory to stay within, GiB; as few blocks' activations as possible are recomputed; default: what is free",
+        above=0,
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute every block's activations: the least memory, about a third slower"
+    )
+    compile: str = flag(
+        "auto", "kernels compiled by Triton: where the GPU can, must, or not at all", choices=("auto", "on", "off")
+    )
+    no_cuda_graph: bool = flag(
+        False, "start every kernel from Python in place of replaying a recorded graph: slower, for debugging"
+    )
+    deterministic: bool = flag(
+        False, "the same command gives the same bits on a GPU as well, as it does on a CPU; slower"
+    )
     use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit in place of torch's AdamW")
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
@@ -79,7 +110,9 @@ class Infer:
     output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
     prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
     base_model: str | None = flag(None, "hub id or folder; default: the model that the run's cache names")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE; default: the one that the run's cache names, or --base_model's own")
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None, "another VAE; default: the one that the run's cache names, or --base_model's own"
+    )
     lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
     negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
     num_inference_steps: int = flag(25, "sampler steps", at_least=1)
@@ -119,7 +152,13 @@ def _argument(f):
         return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
-    return dict(type=kind, required=required, choices=f.metadata["choices"], help=f.metadata["meaning"].replace("%", "%%") + shown, **default)
+    return dict(
+        type=kind,
+        required=required,
+        choices=f.metadata["choices"],
+        help=f.metadata["meaning"].replace("%", "%%") + shown,
+        **default,
+    )
 
 
 def _unknown(command, word):
@@ -133,7 +172,9 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
-        if word == "" and "prompt" not in f.name:  # a shell's variable that is not set; as a path it is the folder one is in
+        if (
+            word == "" and "prompt" not in f.name
+        ):  # a shell's variable that is not set; as a path it is the folder one is in
             raise UserError(f"--{f.name}: empty")
     if value is None or isinstance(value, (bool, str, list)):
         return

@@ -75,7 +75,9 @@ def group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, eps, sil
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     first, second = _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, True)
     dx, (grid, tile) = torch.empty_like(x), _tiles(x, 2)
-    _apply[grid](x, *_shift(shift), dy, dx, mean, rstd, first, second, weight, bias, *_sizes(x, groups), silu, True, *tile)
+    _apply[grid](
+        x, *_shift(shift), dy, dx, mean, rstd, first, second, weight, bias, *_sizes(x, groups), silu, True, *tile
+    )
     return dx
 
 
@@ -108,7 +110,9 @@ def _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, backw
     _sums[stretches, across, len(x)](x, *_shift(shift), dy, sums, mean, rstd, weight, bias, *numbers)
     first, second = x.new_empty(2, len(x), groups, dtype=torch.float32)
     width = triton.next_power_of_2(per_group)
-    _reduce[groups, len(x)](sums, first, second, stretches, channels, per_group, pixels * per_group, eps, backward, ROWS, width)
+    _reduce[groups, len(x)](
+        sums, first, second, stretches, channels, per_group, pixels * per_group, eps, backward, ROWS, width
+    )
     return first, second
 
 
@@ -141,7 +145,10 @@ def _sums(x, shift, stride, dy, sums, mean, rstd, weight, bias, pixels, channels
     if BACKWARD:
         group = image * (channels // per_group) + c // per_group
         m, s = tl.load(mean + group, inside, 0)[None, :], tl.load(rstd + group, inside, 0)[None, :]
-        w, b = tl.load(weight + c, inside, 0).to(tl.float32)[None, :], tl.load(bias + c, inside, 0).to(tl.float32)[None, :]
+        w, b = (
+            tl.load(weight + c, inside, 0).to(tl.float32)[None, :],
+            tl.load(bias + c, inside, 0).to(tl.float32)[None, :],
+        )
     for start in range(0, stretch, PIXELS):
         i = tl.program_id(0) * stretch + start + tl.arange(0, PIXELS)
         at = (image * pixels + i[:, None]) * channels + c[None, :]

@@ -27,7 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from data.safe import UserError
+from data.common.safe import UserError
 
 
 def fuse(model, compiled):
@@ -257,6 +257,6 @@ def _sizes(x):
 def _kernels(compiled):
     if not compiled:
         return Plain
-    from data import triton_kernels
+    from data.models.files import triton_kernels
 
     return triton_kernels

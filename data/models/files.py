@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.safe import DISK_ERRORS, UserError, need_memory, out_of_memory, sha256_file
+from data.common.safe import DISK_ERRORS, UserError, need_memory, out_of_memory, sha256_file
 
 # Parts that have weights, and their files' stem as diffusers and transformers name it.
 STEMS = {
@@ -28,7 +28,9 @@ class Part:
 
     def fingerprint(self):
         """16 hex digits over the content: renaming the folder changes nothing, changing one weight does."""
-        small = [p for p in self.folder.iterdir() if p.suffix in (".json", ".txt") and not p.name.endswith("index.json")]
+        small = [
+            p for p in self.folder.iterdir() if p.suffix in (".json", ".txt") and not p.name.endswith("index.json")
+        ]
         files = sorted(small) + _weights(self.folder, self.variant)
         return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()[:16]
 
@@ -96,7 +98,9 @@ class Model:
             if error.errno in DISK_ERRORS:
                 raise
             reason = next(iter(str(error).split("\n")), "")
-            raise UserError(f"{self.name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}") from None
+            raise UserError(
+                f"{self.name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}"
+            ) from None
 
 
 def load(kind, part, dtype, device, prepare=None):
@@ -116,7 +120,9 @@ def load(kind, part, dtype, device, prepare=None):
     try:
         for file in _weights(part.folder, part.variant):
             weights |= load_file(file)
-        copied = sum(tensor.numel() for tensor in weights.values() if torch.device(device).type == "cpu" or tensor.dtype != dtype)
+        copied = sum(
+            tensor.numel() for tensor in weights.values() if torch.device(device).type == "cpu" or tensor.dtype != dtype
+        )
         need_memory(copied * dtype.itemsize, f"{part.folder}: to load its weights")
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -137,7 +143,9 @@ def _read_json(path):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not there or damaged ({error}); an SDXL model in diffusers' layout is needed") from None
+        raise UserError(
+            f"{path}: not there or damaged ({error}); an SDXL model in diffusers' layout is needed"
+        ) from None
 
 
 def _patterns(folder, variant, stem):
@@ -147,4 +155,6 @@ def _patterns(folder, variant, stem):
 
 
 def _weights(folder, variant):
-    return sorted(f for stem in set(STEMS.values()) for p in _patterns(folder, variant, stem) for f in folder.glob(p.name))
+    return sorted(
+        f for stem in set(STEMS.values()) for p in _patterns(folder, variant, stem) for f in folder.glob(p.name)
+    )

@@ -1,0 +1,1 @@
+"""What every command needs around its work: errors, flags, work done ahead. Standard library only."""
