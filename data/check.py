@@ -49,33 +49,6 @@ def precision(setting, device):
         raise safe.UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16")
 
 
-def optimizer(settings):
-    """Raises UserError when what --use_8bit_adam needs is not there."""
-    if settings.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
-        raise safe.UserError(
-            "--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave the flag out"
-        )
-
-
-def schedule(settings):
-    """Raises UserError for a schedule that would end above where it begins."""
-    if settings.lr_scheduler == "polynomial" and settings.learning_rate <= 1e-7:  # where diffusers' ends
-        raise safe.UserError(
-            f"--learning_rate {settings.learning_rate}: polynomial ends at 1e-07; use a larger one or another --lr_scheduler"
-        )
-
-
-def saves(settings, run, numbers, start):
-    """Raises MachineError when the disk cannot hold what training will save of `numbers` trainable numbers from step `start` on."""
-    state = numbers * (4 + (2 if settings.use_8bit_adam else 8))
-    exports = 2 + (settings.max_train_steps - start) // settings.checkpointing_steps
-    there = len(list((Path(run) / "state").glob("*.state")))  # two are kept, and a third is there while it is written
-    if start < settings.max_train_steps:
-        safe.need_space(
-            run, max(1, 3 - there) * state + exports * 2 * numbers, "what the run will save (states and weights)"
-        )
-
-
 def gpu():
     """What the GPU is and can do, in one line."""
     import torch

@@ -1,1 +1,1 @@
-"""LoRA in three files: the layer (linear), where it goes (inject), how it is stored (files)."""
+"""LoRA: the layer (linear), where it goes (inject), its weights as one vector (adapters) and as one file (files)."""

@@ -1,15 +1,24 @@
-"""The projections of one input side by side: q, k and v of a self-attention, k and v of a cross-attention."""
+"""The projections of one input side by side in one layer: q, k and v of a self-attention, k and v of a cross-attention.
+
+One layer instead of two or three means fewer and fuller kernels.
+"""
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 SIDE_BY_SIDE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
+def projections_of(name):
+    """Names of the projections that the layer `name` computes: x.to_kv -> x.to_k, x.to_v; x.to_q -> itself."""
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.{part}" for part in SIDE_BY_SIDE.get(last, (last,))]
+
+
 class FusedAttention:
-    """Attention over projections that stand side by side; for diffusers' set_attn_processor."""
+    """Attention that reads projections which stand side by side; an attention processor of diffusers."""
 
     def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
         """x (B, L, width), encoder_hidden_states None or the text (B, 77, 2048) -> (B, L, width)"""
@@ -25,11 +34,11 @@ class FusedAttention:
 
 @torch.no_grad()
 def fuse_projections(unet):
-    """Put the projections of one input side by side, one layer in place of two or three: fewer and fuller kernels.
+    """Put the projections of one input side by side in one layer. A second call does nothing.
 
-    Again, it does nothing. Done before the weights go to the GPU, it leaves no holes in its memory.
+    Call it before the weights go to the GPU, because the old layers would leave holes in its memory.
     """
-    for attention in _attentions(unet):
+    for attention in (module for module in unet.modules() if isinstance(module, Attention)):
         fused = "to_kv" if attention.is_cross_attention else "to_qkv"
         if fused not in dict(attention.named_children()):
             parts = [attention.get_submodule(part) for part in SIDE_BY_SIDE[fused]]
@@ -38,24 +47,6 @@ def fuse_projections(unet):
             for part in SIDE_BY_SIDE[fused]:
                 delattr(attention, part)
             attention.set_processor(FusedAttention())
-
-
-@torch.no_grad()
-def split_projections(unet):
-    """Undo fuse_projections."""
-    for attention in _attentions(unet):
-        for fused, parts in SIDE_BY_SIDE.items():
-            if fused in dict(attention.named_children()):
-                both = attention.get_submodule(fused)
-                biases = [None] * len(parts) if both.bias is None else both.bias.chunk(len(parts))
-                for part, weight, bias in zip(parts, both.weight.chunk(len(parts)), biases):
-                    attention.add_module(part, _linear(weight, bias))
-                delattr(attention, fused)
-                attention.set_processor(AttnProcessor2_0())
-
-
-def _attentions(unet):
-    return [module for module in unet.modules() if isinstance(module, Attention)]
 
 
 def _linear(weight, bias):

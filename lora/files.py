@@ -1,7 +1,8 @@
 """Adapters <-> one .safetensors file that diffusers, ComfyUI, A1111, Forge, sd-scripts and OneTrainer all load.
 
-The keys are kohya's with SGM block names: `lora_unet_` + path, then `.lora_down.weight` (A, rank × in), `.lora_up.weight`
-(B, out × rank) and a 0-dim `.alpha`. Other spellings load in one tool and are ignored, silently, by the others.
+The keys are kohya's with SGM block names: `lora_unet_` + path, then `.lora_down.weight` (A, rank × in),
+`.lora_up.weight` (B, out × rank) and a 0-dim `.alpha`. Other spellings load in one tool and are ignored, silently, by
+the others.
 """
 
 import json
@@ -38,7 +39,7 @@ def key(name):
 def export(adapters, path, base, resolution):
     """Write the adapters, fp16, to `path` (a Path); the same weights under the same file name give the same bytes.
 
-    base: the model they were trained on, a hub id or a fingerprint; never a local path. resolution: pixels a side.
+    base: the model they were trained on, a hub id or a fingerprint, never a local path. resolution: pixels a side.
     Raises NumbersError naming the layer when a weight is not finite, in fp32 or as fp16.
     """
     tensors = {}
@@ -55,7 +56,8 @@ def export(adapters, path, base, resolution):
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": path.stem,
-        "ss_base_model_version": "sdxl_base_v1-0",  # A1111 hides a file whose metadata lacks a name beginning with sdxl_
+        # A1111 hides a file that has metadata without a version that begins with sdxl_
+        "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_alpha": f"{adapters.alpha:g}",
         "ss_network_dim": str(adapters.rank),
         "ss_network_module": "networks.lora",
@@ -67,7 +69,7 @@ def export(adapters, path, base, resolution):
 
 
 def _with_metadata(blob, metadata):
-    """Put metadata into a safetensors blob. The library's own way writes it in random order: five saves, five checksums."""
+    """Put metadata into a safetensors blob, sorted, because the library's own way writes it in random order."""
     (size,) = struct.unpack("<Q", blob[:8])
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(blob[8 : 8 + size])}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -78,13 +80,13 @@ def _with_metadata(blob, metadata):
 def load(unet, path):
     """Inject the adapters stored in `path` into `unet`. Returns (Adapters, metadata).
 
-    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: not a safetensors file
-    (nothing in a pickle is ever run), keys of another architecture or tool, a missing partner, a wrong shape, several
-    ranks or alphas, numbers that are not finite.
+    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: not a safetensors
+    file (nothing in a pickle is ever run), keys of another architecture or tool, a missing partner, a wrong shape,
+    several ranks or alphas, numbers that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
     except (SafetensorError, OSError) as error:

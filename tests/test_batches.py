@@ -8,20 +8,14 @@ import torch
 from conftest import PIPELINE, change_cache, settings
 
 from data.cache import Cache
-from train import batches
-from train.diffusion import noise_schedule
+from train.batches import Batches
 
-SIGNAL = noise_schedule(json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text()))
+TIMESTEPS = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())["num_train_timesteps"]
 
 
 def draw(run, step=0, slot=0, **values):
-    return batches.draw(
-        Cache(run.folder / "cache"),
-        settings("train", **{"train_batch_size": 4, "seed": 1} | values),
-        SIGNAL,
-        step,
-        slot,
-    )
+    values = settings("train", **{"train_batch_size": 4, "seed": 1} | values)
+    return Batches(Cache(run.folder / "cache"), values, TIMESTEPS).draw(step, slot)
 
 
 def test_each_switch_changes_its_own_numbers_alone(run):
@@ -44,8 +38,9 @@ def test_every_slot_and_step_draws_anew_and_the_same_again(run):
 def test_micro_batches_come_in_the_order_of_steps_and_slots(start, slots, run):
     """Drawn ahead of time: one skipped, doubled or begun at step 0 when going on would train on other pictures."""
     cache, values = Cache(run.folder / "cache"), settings("train", max_train_steps=5, gradient_accumulation_steps=slots)
-    found = list(batches.batches(cache, values, SIGNAL, start))
-    wanted = [batches.draw(cache, values, SIGNAL, step, slot) for step in range(start, 5) for slot in range(slots)]
+    batches = Batches(cache, values, TIMESTEPS)
+    found = list(batches.ahead(start))
+    wanted = [batches.draw(step, slot) for step in range(start, 5) for slot in range(slots)]
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -62,13 +57,13 @@ def test_noise_offset_is_one_constant_per_channel(run):
 
 
 def test_latents_are_drawn_from_the_cached_posterior(run):
-    """mean + std · noise, scaled: over many draws of one picture the cached moments come back."""
+    """mean + std · noise, scaled: over many draws of one picture the cached posterior comes back."""
     cache = Cache(run.folder / "cache")
     found, scale, values = [], cache.manifest["scaling_factor"], settings("train", train_batch_size=4, seed=1)
     for step in range(300):
-        examples = batches.chosen(cache, values, step, 0)
-        if 2 in examples:
-            found.append(draw(run, step)["x0"][examples.index(2)])
+        rows = Batches(cache, values, TIMESTEPS).rows(step, 0)
+        if 2 in rows:
+            found.append(draw(run, step)["x0"][rows.index(2)])
     row = cache.moments[0][cache.index[2]["picture"]].astype(np.float32)
     x0 = torch.stack(found)
     assert len(found) > 100
@@ -97,7 +92,7 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
         torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)
     ]
     values = settings("train", train_batch_size=8, seed=1, proportion_empty_prompts=0.5)
-    many = [batches.draw(cache, values, SIGNAL, step, 0) for step in range(25)]
+    many = [Batches(cache, values, TIMESTEPS).draw(step, 0) for step in range(25)]
     drawn = torch.cat([b["x0"] for b in many])
     dropped = torch.cat([~b["text"].flatten(1).any(1) for b in many])
     distance = torch.stack([(drawn - mean).square().mean(dim=(1, 2, 3)) for mean in means])

@@ -71,17 +71,19 @@ def test_a_disk_too_small_for_what_a_run_saves_is_said_before_its_first_step(fre
 
 def test_what_a_run_will_save_is_at_least_what_it_saved(run, tmp_path, monkeypatch):
     """The estimate against the files of a finished run: states kept and all exports."""
-    asked = []
-    monkeypatch.setattr("data.common.safe.need_space", lambda folder, needed, what: asked.append(needed))
     from safetensors.torch import load
 
-    numbers = load(next((run.folder / "state").glob("*.state")).read_bytes()[:-32])["vector"].numel()
-    check.saves(settings("train", max_train_steps=6, checkpointing_steps=2), tmp_path, numbers, 0)
+    from train import state
+
+    asked, values = [], settings("train", max_train_steps=6, checkpointing_steps=2)
+    monkeypatch.setattr(state, "need_space", lambda folder, needed, what: asked.append(needed))
+    length = load(next((run.folder / "state").glob("*.state")).read_bytes()[:-32])["vector"].numel()
+    state.need_room(tmp_path, values, length, 0)
     saved = sum(path.stat().st_size for path in [*(run.folder / "state").glob("*"), *run.folder.glob("*.safetensors")])
     assert saved <= asked[0] * 1.5 and asked[0] <= 2.5 * saved  # the small UNet's files are half names
-    check.saves(settings("train", max_train_steps=6, checkpointing_steps=2), run.folder, numbers, 4)
+    state.need_room(run.folder, values, length, 4)
     assert asked.pop() < asked[0]  # two of its states are there
-    check.saves(settings("train", max_train_steps=6, checkpointing_steps=2), run.folder, numbers, 6)
+    state.need_room(run.folder, values, length, 6)
     assert len(asked) == 1  # a finished run saves nothing
 
 

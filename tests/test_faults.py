@@ -58,7 +58,7 @@ from data.cache import Cache
 from data.common.safe import UserError
 from data.encoders import VAE, TextEncoders
 from data.precompute import Making
-from train.batches import chosen
+from train.batches import Batches
 
 SHORT = ("--train_batch_size", 1, "--gradient_accumulation_steps", 1)
 KILLED = -signal.SIGKILL
@@ -520,7 +520,7 @@ FULL = {  # what does not fit any more -> (free pages, of S the state's and W th
 def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fresh, run, disk, log, monkeypatch):
     """By others, after there was room: some space freed, the same command goes on from the last state to the same bytes."""
     free, kept = FULL[full]
-    monkeypatch.setattr("data.check.saves", lambda *_: None)
+    monkeypatch.setattr("train.loop.need_room", lambda *_: None)
     folder = disk("size=16m") / "run"
     shutil.copytree(fresh, folder)
     filler = leave(
@@ -602,7 +602,7 @@ def test_a_full_disk_is_said_with_the_file_and_what_is_free_for_small_files_too(
     name, free, fresh, pictures, disk, log, monkeypatch
 ):
     """Three disks are mounted: which of them is it that "refused to write"?"""
-    monkeypatch.setattr("data.check.saves", lambda *_: None)
+    monkeypatch.setattr("train.loop.need_room", lambda *_: None)
     folder = disk("size=16m") / "run"
     if name == "train":
         shutil.copytree(fresh, folder)
@@ -1365,12 +1365,12 @@ def poison(run, example):
 def test_nan_ends_with_exit_code_4_as_often_as_it_is_met_and_the_last_good_state_stays(fresh, log):
     """A job queue that starts it again must not get past it, nor lose what was good."""
     cache, values = Cache(fresh / "cache"), settings("train", train_batch_size=1, gradient_accumulation_steps=1)
-    first = [chosen(cache, values, step, 0)[0] for step in range(6)]
+    first = [Batches(cache, values, 1000).rows(step, 0)[0] for step in range(6)]
     step = next(step for step in range(2, 6) if first[step] not in first[:step])
     poison(fresh, first[step])
     for _ in range(2):
         message = refused(trainer(fresh, log, *SHORT, "--checkpointing_steps", 1), 4)
-        assert re.search(rf"the loss is nan at step {step + 1}, {first[step]:03d}\.png, timesteps \[\d+\]", message), (
+        assert re.search(rf"the loss is nan \(step {step + 1}, {first[step]:03d}\.png, timesteps \[\d+\]", message), (
             message
         )
         assert states(fresh)[-1] == f"{step:06d}.state" and vector(fresh, step).isfinite().all()

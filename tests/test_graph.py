@@ -1,4 +1,4 @@
-"""The recorded micro-step against the one started from Python: the same numbers, whatever the batch and the loss scale."""
+"""The captured micro-step against the one started from Python: the same numbers, whatever the batch and the loss scale."""
 
 import json
 import shutil
@@ -17,9 +17,9 @@ def test_eager_moves_the_batch_by_name():
 
 
 @pytest.mark.gpu
-def test_a_recorded_function_reads_each_batch_and_adds_once_a_call():
-    """Baked in, the first batch would train for ever; recording must add nothing."""
-    from train.graph import Graphed
+def test_a_captured_function_reads_each_batch_and_adds_once_a_call():
+    """Baked in, the first batch would train for ever."""
+    from train.graph import Captured
 
     total = torch.zeros(3, device="cuda")
 
@@ -28,21 +28,21 @@ def test_a_recorded_function_reads_each_batch_and_adds_once_a_call():
         return (x * y).sum()
 
     shapes, expected = [(2, 3), (3,)], torch.zeros(3)
-    run = Graphed(
-        add, torch.device("cuda"), [total], [dict(x=torch.randn(shape), y=torch.randn(shape)) for shape in shapes]
-    )
+    samples = [dict(x=torch.randn(shape), y=torch.randn(shape)) for shape in shapes]
+    run = Captured(add, torch.device("cuda"), samples)
+    total.zero_()  # what capturing added
     for shape in shapes * 2:  # two shapes in turns, one memory
         x, y = torch.randn(shape), torch.randn(shape)
         expected += (x + y).reshape(-1, 3).sum(0)
         assert run(dict(x=x, y=y)).item() == pytest.approx((x * y).sum().item(), rel=1e-5, abs=1e-5)
         torch.testing.assert_close(total.cpu(), expected)
-    assert len(run.recorded) == 2
+    assert len(run.graphs) == 2
 
 
 @pytest.mark.gpu
 def test_more_shapes_take_no_more_memory():
     """Each with its own, a second bucket would not fit where the plan fills the GPU with the first."""
-    from train.graph import Graphed
+    from train.graph import Captured
 
     def work(x):
         kept = [x.sin() for _ in range(8)]  # as activations are, until the end
@@ -53,7 +53,7 @@ def test_more_shapes_take_no_more_memory():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_reserved()
-        run = Graphed(work, torch.device("cuda"), [], [dict(x=torch.randn(4096, side)) for side in sides])
+        run = Captured(work, torch.device("cuda"), [dict(x=torch.randn(4096, side)) for side in sides])
         for side in sides:
             x = torch.randn(4096, side)
             assert run(dict(x=x)).item() == pytest.approx(8 * x.double().sin().square().sum().item(), rel=1e-3)

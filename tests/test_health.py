@@ -11,49 +11,39 @@ from data.common.safe import NumbersError
 from train.health import MOST_OVERFLOWS, Health, first_not_finite
 
 
-def where():
-    return "step 7, row 3, timesteps [12]"
-
-
 def health(fp16):
     return Health(torch.amp.GradScaler("cpu", enabled=fp16))
 
 
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_and_says_where(loss, fp16):
+def test_a_loss_that_is_not_finite_stops(loss, fp16):
     """fp16 or not: the scaler skips bad gradients, but a NaN loss comes from weights or data."""
-    with pytest.raises(NumbersError, match=r"the loss is (nan|inf) at step 7, row 3, timesteps \[12\]"):
-        health(fp16).check(where, loss, 1.0)
+    with pytest.raises(NumbersError, match="the loss is (nan|inf)"):
+        health(fp16).check(loss, 1.0)
 
 
 def test_a_gradient_that_is_not_finite_stops_without_fp16():
     """Nothing would skip that step: NaN would be in the weights."""
-    with pytest.raises(NumbersError, match="the gradient is nan at step 7"):
-        health(False).check(where, 0.1, math.nan)
+    with pytest.raises(NumbersError, match="the gradient is nan"):
+        health(False).check(0.1, math.nan)
 
 
 def test_overflows_are_counted_in_a_row_and_without_end_stop():
     watch = health(True)
     for _ in range(MOST_OVERFLOWS - 1):
-        watch.check(where, 0.1, math.inf)
+        watch.check(0.1, math.inf)
     assert watch.overflows == MOST_OVERFLOWS - 1
-    watch.check(where, 0.1, 1.0)
+    watch.check(0.1, 1.0)
     assert watch.overflows == 0
     for _ in range(MOST_OVERFLOWS - 1):
-        watch.check(where, 0.1, math.nan)
-    with pytest.raises(NumbersError, match=f"{MOST_OVERFLOWS} times in a row.*step 7"):
-        watch.check(where, 0.1, math.inf)
+        watch.check(0.1, math.nan)
+    with pytest.raises(NumbersError, match=f"{MOST_OVERFLOWS} times in a row"):
+        watch.check(0.1, math.inf)
 
 
 def test_it_stops_long_before_the_scale_reaches_zero():
     assert 2.0**16 / 2**MOST_OVERFLOWS > 2.0**-10
-
-
-def test_where_is_asked_for_only_when_needed():
-    """It draws the step's numbers again: not at every step."""
-    health(True).check(lambda: pytest.fail("asked"), 0.1, math.inf)
-    health(False).check(lambda: pytest.fail("asked"), 0.1, 1.0)
 
 
 def test_the_first_module_with_an_output_that_is_not_finite_is_named():

@@ -27,7 +27,7 @@ def written_out(made, kept):
     """The peak by its definition: the most over all blocks, each with the activations that those before it keep."""
     return (
         max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made))
-        + plan.BESIDE
+        + plan.UNUSED
     )
 
 
@@ -102,13 +102,13 @@ def test_only_the_named_blocks_are_computed_again(names, calls):
 def test_a_plan_holds_for_the_flags_and_the_device_it_was_made_for():
     """A resumed run that planned anew would find other memory free, and differ."""
     cpu = torch.device("cpu")
-    made = plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, None)
+    made = plan.make(None, True, None, None, cpu, 0, None)
     assert made["recomputed"] is None and made == json.loads(json.dumps(made))
     marked = made | dict(recomputed=["marked"])
-    assert plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, marked) == marked
-    assert plan.make(settings("train"), None, None, cpu, 0, marked)["recomputed"] == []
+    assert plan.make(None, True, None, None, cpu, 0, marked) == marked
+    assert plan.make(None, False, None, None, cpu, 0, marked)["recomputed"] == []
     other = marked | dict(made_for=marked["made_for"] | dict(device="another"))
-    assert plan.make(settings("train", gradient_checkpointing=True), None, None, cpu, 0, other)["recomputed"] is None
+    assert plan.make(None, True, None, None, cpu, 0, other)["recomputed"] is None
 
 
 def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
@@ -121,7 +121,6 @@ def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
 @pytest.mark.gpu
 def test_the_predicted_peak_is_the_runs(cached, capfd):
     """Of all, half and no blocks recomputed, on a batch large enough to matter; the eager run, in bytes that are in use."""
-    from train.batches import draw, every_shape
     from train.loop import setup
 
     values = settings("train", output_dir=str(cached), train_batch_size=64, rank=4, no_cuda_graph=True)
@@ -134,15 +133,15 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         plan.measure = real
     made = seen[0]
     everything = set(range(len(made)))
-    batch = draw(run.cache, values, run.signal, 0, 0) | every_shape(run.cache, values, run.signal)[0]
+    batch = run.batches.draw(0, 0) | run.batches.one_of_each_bucket()[0]
     for kept in (set(), set(range(0, len(made), 2)), everything):
         plan.recompute(run.unet, [b.name for i, b in enumerate(made) if i not in kept])
         run.micro_step(batch)
         torch.cuda.reset_peak_memory_stats()
         run.micro_step(batch)
-        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.BESIDE, rel=0.05)
-    assert peak(made, everything) - plan.BESIDE > 1.2 * (
-        peak(made, set()) - plan.BESIDE
+        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.UNUSED, rel=0.05)
+    assert peak(made, everything) - plan.UNUSED > 1.2 * (
+        peak(made, set()) - plan.UNUSED
     )  # else the agreement would say nothing
     assert "0 of" in capfd.readouterr().out
 

@@ -15,7 +15,7 @@ from data.buckets import sizes
 from data.cache import Cache
 from data.encoders import VAE
 from data.images import read_rgb
-from train.batches import chosen, draw, every_shape
+from train.batches import Batches
 
 MIXED = 60
 RESOLUTION = 128
@@ -108,9 +108,9 @@ def test_moments_and_crops_are_those_of_the_upright_picture_at_its_size(mixed):
 def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed):
     cache = Cache(mixed[2] / "cache")
     values = settings("train", train_batch_size=3, gradient_accumulation_steps=2, seed=7)
-    seen = {0: [], 1: [], 2: []}
+    seen, batches = {0: [], 1: [], 2: []}, Batches(cache, values, 1000)
     for step in range(60):
-        of_step = [chosen(cache, values, step, slot) for slot in range(2)]
+        of_step = [batches.rows(step, slot) for slot in range(2)]
         (size,) = {int(cache.index[example]["size"]) for examples in of_step for example in examples}
         seen[size] += sum(of_step, [])
     for size, drawn in seen.items():
@@ -121,10 +121,10 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
 
 
 def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
-    """Memory is planned for the first of them and a graph recorded for each: one left out ends the run when it comes."""
-    cache, values, signal = Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), torch.ones(1000)
-    samples = every_shape(cache, values, signal)
-    drawn = [draw(cache, values, signal, step, 0) for step in range(60)]
+    """Memory is planned for the first of them and a graph captured for each: one left out ends the run when it comes."""
+    batches = Batches(Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), 1000)
+    samples = batches.one_of_each_bucket()
+    drawn = [batches.draw(step, 0) for step in range(60)]
     facts = [
         [[(name, part.shape, part.dtype) for name, part in sorted(batch.items())] for batch in some]
         for some in (samples, drawn)
@@ -143,7 +143,7 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=1)
     cache = Cache(mixed[2] / "cache")
-    assert len({int(cache.index[chosen(cache, values, step, 0)[0]]["size"]) for step in range(3)}) > 1
+    assert len({int(cache.index[Batches(cache, values, 1000).rows(step, 0)[0]]["size"]) for step in range(3)}) > 1
     folders = [tmp_path / "once", tmp_path / "thrice"]
     for folder in folders:
         shutil.copytree(mixed[2] / "cache", folder / "cache")

@@ -10,7 +10,7 @@ from torch import nn
 
 from data.common.safe import UserError
 from lora.inject import inject
-from train.state import read_state, restore, save_state
+from train.state import DEFAULTS, read_state, restore, save_state
 
 IDENTITY = asdict(settings("train", lr_scheduler="cosine", output_dir="a")) | dict(base="x", cache="y")
 PLAN = dict(recomputed=["a.b"], made_for=dict(vram_gib=8.0))
@@ -144,12 +144,22 @@ def test_every_flag_but_the_seven_that_may_change_is_held(tmp_path):
             assert torch.equal(setup.adapters.vector, before)  # refused before anything was loaded
 
 
-def test_a_field_that_one_side_lacks_differs(tmp_path):
-    """A state from before a flag existed must not pass for a run with it."""
+def test_a_field_that_no_flag_has_differs(tmp_path):
+    """A state of a later version, with a flag that this one does not know, must not pass for a run without it."""
     setup = Setup().step(0)
     setup.save(tmp_path, 1, brand_new=3)
     with pytest.raises(UserError, match="brand_new 3 there and None here"):
         setup.load(tmp_path)
+
+
+def test_a_flag_that_a_state_lacks_had_its_default(tmp_path, monkeypatch):
+    """Every later flag would orphan the runs before it."""
+    monkeypatch.setattr("train.state.DEFAULTS", DEFAULTS | dict(later=1.5))
+    setup = Setup().step(0)
+    setup.save(tmp_path, 1)
+    assert setup.load(tmp_path, later=1.5) == (1, PLAN)
+    with pytest.raises(UserError, match="later 1.5 there and 2.0 here"):
+        setup.load(tmp_path, later=2.0)
 
 
 def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """python -m train: flags first, then the seconds it takes to import torch."""
 
-import os
 import sys
 
 from data.common import safe
@@ -9,7 +8,6 @@ from data.common.flags import parse
 
 def main(argv):
     settings = parse("train", argv)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer holes in the GPU's memory
     with safe.run_folder(settings.output_dir, writes=["state", "metrics.jsonl", "lora.safetensors"]) as run:
         from train.loop import train
 

@@ -1,7 +1,7 @@
 """READ 3. The diffusion half of the method: pure functions of tensors.
 
-Shapes: B images in a batch, C h w latent channels and size. t timestep, x0 clean latent, eps noise, xt noisy latent;
-signal ᾱ, the share of xt's variance that is x0's.
+Shapes: B images in a batch, C h w latent channels, height and width. t timestep, x0 clean latent, eps noise, xt noisy
+latent. alpha_bar (T,) is ᾱ, the cumulative signal share: how much of xt's variance is x0's at each timestep.
 """
 
 import torch
@@ -10,9 +10,9 @@ from data.common.safe import UserError
 
 
 def noise_schedule(config):
-    """Cumulative signal share ᾱ_t = Π_{s ≤ t} (1 - β_s), fp32 (T,), from a model's scheduler config.
+    """alpha_bar, ᾱ_t = Π_{s ≤ t} (1 - β_s), fp32 (T,), from a model's scheduler config.
 
-    SDXL: "scaled_linear", β from 0.00085 to 0.012 over T = 1000. Raises UserError for a schedule not known here.
+    SDXL's is "scaled_linear", β from 0.00085 to 0.012 over T = 1000. Raises UserError for a schedule not known here.
     """
     schedule = "trained_betas" if config.get("trained_betas") is not None else config.get("beta_schedule")
     if schedule not in ("scaled_linear", "linear"):
@@ -22,44 +22,44 @@ def noise_schedule(config):
         betas = torch.linspace(first**0.5, last**0.5, T) ** 2
     else:
         betas = torch.linspace(first, last, T)
-    signal = torch.cumprod(1 - betas, dim=0)
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
-        # Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last step is pure noise and the first stays
-        root = signal.sqrt()
-        signal = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return signal
+        # Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last timestep is pure noise and the first stays
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar
 
 
 def sample_posterior(mean, std, noise, scaling_factor):
-    """A draw x0 (B, C, h, w) from the VAE's posterior, in the UNet's scale: not one frozen latent per picture."""
+    """A draw x0 (B, C, h, w) from the VAE's posterior, in the UNet's scale: another latent of the picture each time."""
     return (mean + std * noise) * scaling_factor
 
 
-def add_noise(x0, eps, t, signal):
+def add_noise(x0, eps, t, alpha_bar):
     """xt = √ᾱ_t x0 + √(1 - ᾱ_t) eps          DDPM, Ho et al. 2020, eq. 4.  t (B,) integers -> (B, C, h, w)"""
-    a = signal[t].view(-1, 1, 1, 1)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
     return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
 
-def target(x0, eps, t, signal, prediction_type):
+def target(x0, eps, t, alpha_bar, prediction_type):
     """What the UNet is to predict: eps, or v = √ᾱ_t eps - √(1 - ᾱ_t) x0 (Salimans & Ho 2022, appendix D)."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "v_prediction":
-        a = signal[t].view(-1, 1, 1, 1)
+        a = alpha_bar[t].view(-1, 1, 1, 1)
         return a.sqrt() * eps - (1 - a).sqrt() * x0
     raise UserError(f"the model predicts {prediction_type}, which is none of epsilon, v_prediction")
 
 
-def loss_weight(t, signal, prediction_type, snr_gamma):
+def loss_weight(t, alpha_bar, prediction_type, snr_gamma):
     """Weight (B,) of each sample's loss: 1, or with a gamma min-SNR's (Hang et al. 2023, eq. 9).
 
     With snr = ᾱ_t / (1 - ᾱ_t), the paper weighs the squared error of x0 by min(snr, gamma). For the same xt
     |x0' - x0|² = |eps' - eps|² / snr = |v' - v|² / (snr + 1).
     """
     if snr_gamma is None:
-        return torch.ones_like(signal[t])
-    snr = signal[t] / (1 - signal[t])
+        return torch.ones_like(alpha_bar[t])
+    snr = alpha_bar[t] / (1 - alpha_bar[t])
     if prediction_type == "epsilon":
         return (snr_gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
     return snr.clamp(max=snr_gamma) / (snr + 1)

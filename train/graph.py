@@ -1,6 +1,7 @@
-"""The micro-step recorded as a CUDA graph, one per shape, and replayed: the GPU never waits for Python to start a kernel.
+"""The micro-step captured as a CUDA graph and replayed, so that the GPU never waits for Python to start a kernel.
 
-At batch 1 SDXL's forward and backward are some 4,000 kernels of 10 microseconds; starting each from Python takes longer.
+At batch 1 SDXL's forward and backward are some 4,000 kernels of 10 microseconds; starting each from Python takes
+longer.
 """
 
 import functools
@@ -8,7 +9,7 @@ import statistics
 
 import torch
 
-WARM_UP = 2  # calls before recording: libraries set themselves up and Triton compiles, which cannot be recorded
+WARM_UP = 2  # calls before capturing, in which libraries set themselves up and Triton compiles: neither can be captured
 
 
 class Eager:
@@ -18,35 +19,33 @@ class Eager:
         self.function, self.device = function, device
 
     def __call__(self, batch):
-        return self.function(**{name: part.to(self.device) for name, part in batch.items()})
+        return self.function(**{name: tensor.to(self.device) for name, tensor in batch.items()})
 
 
-class Graphed:
-    """The same, as one graph for each shape of batch. All of them share their memory.
+class Captured:
+    """The same, as one captured graph for each shape of batch. All graphs share their memory.
 
-    function: tensors by name -> a tensor. It may add to the tensors in `changes`, which recording leaves as they were.
+    function: tensors by name -> a tensor. What it writes while it is captured is rubbish.
     batches: one of every shape that will be asked for, the largest first.
     What a call returns is overwritten by the next one.
     """
 
-    def __init__(self, function, device, changes, batches):
+    def __init__(self, function, device, batches):
         self.function, self.pool = function, torch.cuda.graph_pool_handle()
-        batches = [{name: part.to(device) for name, part in batch.items()} for batch in batches]
-        before = [tensor.cpu() for tensor in changes]
-        # All shapes before the first is recorded: a graph keeps its memory, and what runs beside it would take as much again
+        batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        # All shapes run before the first is captured, because a graph keeps its memory and a run next to it would need
+        # as much again.
         on_side_stream(lambda: [function(**inputs) for inputs in batches for _ in range(WARM_UP)])
-        self.recorded = {_shapes(inputs): self._record(inputs) for inputs in batches}
-        for tensor, value in zip(changes, before):
-            tensor.copy_(value)
+        self.graphs = {_shapes(inputs): self._capture(inputs) for inputs in batches}
 
     def __call__(self, batch):
-        graph, inputs, output = self.recorded[_shapes(batch)]
-        for name, part in batch.items():  # pinned, a copy does not wait for the work before it
-            inputs[name].copy_(part.pin_memory(), non_blocking=True)
+        graph, inputs, output = self.graphs[_shapes(batch)]
+        for name, tensor in batch.items():  # a pinned copy does not wait for the work before it
+            inputs[name].copy_(tensor.pin_memory(), non_blocking=True)
         graph.replay()
         return output
 
-    def _record(self, inputs):
+    def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, side_stream()):
             output = self.function(**inputs)
@@ -59,12 +58,12 @@ def _shapes(batch):
 
 @functools.cache
 def side_stream():
-    """The one stream that everything here runs on: libraries keep a workspace for each."""
+    """The one stream that everything here runs on, because libraries keep a workspace for each stream."""
     return torch.cuda.Stream()
 
 
 def on_side_stream(function):
-    """function() on the side stream, after what was asked for before and before what comes."""
+    """function() on the side stream, after the work that was asked for before and ahead of what comes."""
     side_stream().wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream()):
         result = function()

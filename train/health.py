@@ -1,4 +1,4 @@
-"""Whether the numbers of a step are fit to be used."""
+"""Whether the numbers of a step are fit to be used, and where they went wrong when they are not."""
 
 import math
 
@@ -7,31 +7,49 @@ import torch
 from data.common.safe import NumbersError
 
 MOST_OVERFLOWS = (
-    20  # in a row: the loss scale halves each time, and at 166 it is 0 and the next step writes NaN into the weights
+    20  # in a row: each halves the loss scale, and at 166 it is 0 and the next step writes NaN into the weights
 )
 
 
 class Health:
-    """Counts fp16 overflows; stops the run before numbers that are not finite can reach the weights."""
+    """Counts fp16 overflows, and stops the run before numbers that are not finite can reach the weights."""
 
     def __init__(self, scaler):
         self.scaler, self.overflows = scaler, 0
 
-    def check(self, where, loss, grad_norm):
-        """One step's loss and gradient norm, floats, before the optimizer uses them; `where` says which step, rows, timesteps.
+    def check(self, loss, grad_norm):
+        """Look at one step's loss and gradient norm, floats, before the optimizer uses them.
 
         A gradient that overflowed fp16 is what GradScaler is for: it skips the step and halves the scale. Raises
-        NumbersError for a loss that is not finite, for a gradient that is not without fp16, and for overflows without end.
+        NumbersError for a loss that is not finite, for a gradient that is not without fp16, and for overflows without
+        end.
         """
         if not math.isfinite(loss):
-            raise NumbersError(f"the loss is {loss} at {where()}; the state before it is kept")
+            raise NumbersError(f"the loss is {loss}")
         self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
         if self.overflows and not self.scaler.is_enabled():
-            raise NumbersError(f"the gradient is {grad_norm} at {where()}; the state before it is kept")
+            raise NumbersError(f"the gradient is {grad_norm}")
         if self.overflows == MOST_OVERFLOWS:
             raise NumbersError(
-                f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row, last at {where()}; try --mixed_precision bf16 or a lower --learning_rate"
+                f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row; "
+                "try --mixed_precision bf16 or a lower --learning_rate"
             )
+
+
+@torch.no_grad()
+def describe(unet, forward, batches, step):
+    """What a step trained on and where its numbers went wrong, in words: every forward of it is run again.
+
+    forward(batch) -> loss; batches: the run's Batches.
+    """
+    names, timesteps, culprit = [], [], None
+    for slot in range(batches.settings.gradient_accumulation_steps):
+        batch = batches.draw(step, slot)
+        names += batches.cache.names(batches.rows(step, slot))
+        timesteps += batch["t"].tolist()
+        culprit = culprit or first_not_finite(unet, lambda batch=batch: forward(batch))
+    where = f"the first output that is not finite is {culprit}'s" if culprit else "every module's output is finite"
+    return f"step {step + 1}, {', '.join(names)}, timesteps {timesteps}; {where}"
 
 
 def first_not_finite(model, run):
@@ -46,7 +64,8 @@ def first_not_finite(model, run):
         if not found and torch.is_tensor(tensor) and not tensor.isfinite().all():
             found.append(name)
 
-    # all modules: an inner one is done before the one around it, and what LoRA, GEGLU and group norm make is no leaf's output
+    # All modules, because what LoRA, GEGLU and group norm make is no leaf's output. An inner module is done before
+    # the one around it.
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
         for name, module in model.named_modules()

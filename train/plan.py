@@ -1,9 +1,10 @@
 """Which blocks to recompute under a memory budget.
 
-A block (of SDXL's 86: 16 resnets, 70 transformer blocks) either keeps its activations for the backward, or its input alone
-and computes the rest again. One run in which every block recomputes, the arrangement that takes the least memory, tells for
-each: what it would keep (extra), how long computing it again takes (seconds), and the most memory in use from its start to
-the next block's, forward or backward (peak). A block kept adds its extra to the peaks of all that come after it.
+A block (SDXL has 86: 16 resnets, 70 transformer blocks) either keeps its activations for the backward, or keeps its
+input alone and computes the rest again. One run in which every block recomputes, which takes the least memory, tells
+three things of each: what it would keep (extra), how long computing it again takes (seconds), and the most memory in
+use from its start to the next block's, forward or backward (peak). A block that keeps its activations adds its extra
+to the peaks of all that come after it.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from data.common.safe import MachineError
 from train.graph import on_side_stream, seconds
 
-BESIDE = 3 * 2**27  # bytes that the allocator holds beside what is in use: 0.17 to 0.35 GiB were seen at SDXL's size
+UNUSED = 3 * 2**27  # bytes that the allocator holds without using them: 0.17 to 0.35 GiB were seen at SDXL's size
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Block:
 
 
 def recompute(unet, names):
-    """Let these blocks of `unet` compute their activations again in backward; None: every block."""
+    """Let the blocks of these names compute their activations again in the backward; None means every block."""
     chosen = None if names is None else {unet.get_submodule(name) for name in names}
 
     def call(block, *args):
@@ -43,16 +44,16 @@ _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def peak(blocks, kept):
-    """Most bytes held when the blocks with numbers in `kept` keep their activations and the others recompute."""
+    """Most bytes held when the blocks at the indices in `kept` keep their activations and the others recompute."""
     most = before = 0
     for i, block in enumerate(blocks):
         most = max(most, block.peak + before)
         before += block.extra * (i in kept)
-    return most + BESIDE
+    return most + UNUSED
 
 
 def choose(blocks, budget):
-    """Numbers of the blocks to keep: those that save the most time for their memory, as many as fit.
+    """Indices of the blocks to keep: those that save the most time for their memory, as many as fit.
 
     Raises MachineError with the smallest budget that would do.
     """
@@ -117,26 +118,27 @@ def _without_gradient(block, args):
     return block(*args)
 
 
-def make(settings, unet, step, device, state_bytes, before):
-    """The run's plan, a dict to be kept with its state; what was decided is printed in one line.
+def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, before):
+    """The run's plan, a dict that is kept with its state; what was decided is printed in one line.
 
-    step(): one forward and backward of the largest shape, eagerly. state_bytes: what the optimizer will hold beside what is
-    allocated now. before: the plan of the run's state; it holds as long as it was made for the same flags and device.
+    vram_gib, gradient_checkpointing: the flags. step(): one forward and backward of the largest shape, eagerly.
+    state_bytes: what the optimizer will hold that is not allocated yet. before: the plan in the run's state; it holds
+    as long as it was made for the same flags and device.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    made_for = dict(vram_gib=settings.vram_gib, gradient_checkpointing=settings.gradient_checkpointing, device=name)
+    made_for = dict(vram_gib=vram_gib, gradient_checkpointing=gradient_checkpointing, device=name)
     if before and before["made_for"] == made_for:
         return before
-    if settings.vram_gib and device.type != "cuda":
+    if vram_gib and device.type != "cuda":
         print("--vram_gib is about a GPU's memory; there is none, and nothing is recomputed")
-    if settings.gradient_checkpointing or device.type != "cuda":
-        return dict(made_for=made_for, recomputed=None if settings.gradient_checkpointing else [])
+    if gradient_checkpointing or device.type != "cuda":
+        return dict(made_for=made_for, recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     for block in blocks:
         block.peak += state_bytes
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    budget = int(settings.vram_gib * 2**30) if settings.vram_gib else free
+    budget = int(vram_gib * 2**30) if vram_gib else free
     kept = choose(blocks, budget)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
     print(

@@ -7,24 +7,28 @@ RUN/state/000100.state    a safetensors blob (LoRA vector, optimizer state; numb
 import hashlib
 import json
 import struct
+from dataclasses import fields
 
 import torch
 from safetensors.torch import load, save
 
-from data.common.safe import UserError, atomic_write
+from data.common.flags import Train
+from data.common.safe import UserError, atomic_write, need_space
 
 VERSION = 2
 KEPT = 2
 DIGEST = hashlib.sha256().digest_size
-# Between a run and its continuation; the last four change how a step is computed, not what
+# What may differ between a run and its continuation. The last four change how a step is computed, not what.
 MAY_CHANGE = {"output_dir", "max_train_steps", "checkpointing_steps"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
+DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
 
 
 def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
     """Write the state after `step` optimizer steps; older ones go once it is safe on disk.
 
-    identity: what a continuation must agree with, {name: plain value}; plan: what it takes over (plan.make), plain values.
+    identity: what a continuation must agree with, {name: plain value}; plan: what it takes over (plan.make), plain
+    values.
     """
     tensors, numbers = {"vector": adapters.vector.detach()}, {}
     for name, value in optimizer.state[adapters.vector].items():
@@ -40,10 +44,11 @@ def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
 
 
 def read_state(folder, identity):
-    """The newest good state, for `restore`; None when there is none. Asked before the model is loaded: it may be another run's.
+    """The newest good state, for `restore`; None when there is none. Called before the model is loaded, which may be
+    another run's.
 
-    A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (never silently
-    from 0), or when the settings differ from those of the run.
+    A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (a run never
+    starts from 0 silently), or when the settings differ from those of the run.
     """
     files = _files(folder)
     for path in files:
@@ -65,7 +70,7 @@ def read_state(folder, identity):
 
 
 def restore(state, adapters, optimizer, scaler):
-    """Put back what read_state gave. Returns how many steps are done and the plan; 0 and None when there was no state."""
+    """Put back what read_state gave. -> how many steps are done, and the plan; 0 and None when there was no state."""
     if not state:
         return 0, None
     facts, blob = state
@@ -80,7 +85,22 @@ def restore(state, adapters, optimizer, scaler):
     return facts["step"], facts["plan"]
 
 
+def need_room(folder, settings, length, start):
+    """Raise MachineError when the disk cannot hold what a run saves from step `start` on, states and weights.
+
+    length: of the adapters' vector.
+    """
+    state = length * (4 + (2 if settings.use_8bit_adam else 8))
+    there = len(_files(folder / "state"))  # KEPT stay, and one more is there while it is written
+    exports = 2 + (settings.max_train_steps - start) // settings.checkpointing_steps
+    if start < settings.max_train_steps:
+        needed = max(1, KEPT + 1 - there) * state + exports * 2 * length
+        need_space(folder, needed, "what the run will save (states and weights)")
+
+
 def _same_run(path, there, here):
+    """A field that one side lacks has its flag's default, so that a later flag does not orphan the runs before it."""
+    there, here = DEFAULTS | there, DEFAULTS | here
     differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     pairs = ", ".join(
         f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ if name not in MAY_CHANGE

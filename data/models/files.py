@@ -136,6 +136,13 @@ def load(kind, part, dtype, device, prepare=None):
     return model.to(device).eval().requires_grad_(False)
 
 
+def torch_dtype(mixed_precision):
+    """--mixed_precision -> torch's dtype: no is fp32."""
+    import torch
+
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+
+
 PARTS = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")
 
 

@@ -81,20 +81,18 @@ def precompute(folder, run):
 
 def read(run):
     """In a process of its own: open the cache as training does and draw batches."""
-    import torch
-
     from data.cache import Cache
     from data.common.flags import parse
-    from train.batches import draw
+    from train.batches import Batches
 
     before, began = resident(), time.perf_counter()
     cache = Cache(Path(run) / "cache")
     opened = time.perf_counter() - began
     settings = parse("train", ["--output_dir", run, "--train_batch_size", "8"])
-    times = []
+    times, batches = [], Batches(cache, settings, 1000)
     for step in range(200):
         began = time.perf_counter()
-        draw(cache, settings, torch.ones(1000), step, 0)
+        batches.draw(step, 0)
         times.append(time.perf_counter() - began)
     print(json.dumps(dict(mb=resident(), mb_before=before, open_s=opened, batch_ms=1000 * float(np.median(times[1:])))))
 

@@ -31,7 +31,7 @@ from data.common.flags import parse
 from data.common.safe import UserError
 from data.models.files import Model, load
 from tests.bench.full_size import TOY, make_pipeline
-from train.batches import draw
+from train.batches import Batches
 from train.loop import setup
 
 TFLOP = 13.6  # per sample: forward, and the backward that frozen weights still need
@@ -81,9 +81,11 @@ def ours(work, cuda, batch, *flags):
     ]
     settings = parse("train", [*flags, "--mixed_precision", precision, "--gradient_accumulation_steps", str(SLOTS)])
     run, losses = setup(settings, work), []
+    micro_batches = run.batches.ahead(0)
 
     def step():
-        loss = sum(run.micro_step(next(run.batches)) / SLOTS for _ in range(SLOTS))
+        run.adapters.vector.grad.zero_()
+        loss = sum(run.micro_step(next(micro_batches)) / SLOTS for _ in range(SLOTS))
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_([run.adapters.vector], settings.max_grad_norm)
         losses.append(torch.stack([loss, norm]).tolist()[0])
@@ -91,7 +93,7 @@ def ours(work, cuda, batch, *flags):
         run.scaler.update()
         run.adapters.refresh()
 
-    batch = draw(run.cache, settings, run.signal, 0, 0)
+    batch = run.batches.draw(0, 0)
     return step, lambda: run.micro_step(batch), dict(recomputed=len(run.memory_plan["recomputed"] or []), losses=losses)
 
 
@@ -107,7 +109,8 @@ def reference(work, cuda, batch):
     cache, device = Cache(work / "cache"), torch.device("cuda" if cuda else "cpu")
     model, half = Model(**cache.manifest["model"]), torch.float16 if cuda else torch.float32
     settings = parse("train", ["--output_dir", "unused", "--train_batch_size", str(batch)])
-    signal = noise_schedule(model.part("scheduler").config("scheduler_config.json"))
+    alpha_bar = noise_schedule(model.part("scheduler").config("scheduler_config.json"))
+    batches = Batches(cache, settings, len(alpha_bar))
     unet = load(UNet2DConditionModel, model.part("unet"), half, device)
     rank = 32 if cuda else 4
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -120,7 +123,7 @@ def reference(work, cuda, batch):
 
     def micro_step(batch):
         b = {name: part.to(device) for name, part in batch.items()}
-        xt = add_noise(b["x0"], b["eps"], b["t"], signal.to(device))
+        xt = add_noise(b["x0"], b["eps"], b["t"], alpha_bar.to(device))
         with torch.autocast(device.type, torch.float16, enabled=cuda):
             condition = dict(text_embeds=b["pooled"].to(half), time_ids=b["time_ids"])
             prediction = unet(xt, b["t"], b["text"].to(half), added_cond_kwargs=condition).sample
@@ -130,7 +133,7 @@ def reference(work, cuda, batch):
 
     def step():
         for slot in range(4):
-            loss = micro_step(draw(cache, settings, signal, next(count), slot))
+            loss = micro_step(batches.draw(next(count), slot))
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         loss.item()
@@ -138,7 +141,7 @@ def reference(work, cuda, batch):
         scaler.update()
         optimizer.zero_grad()
 
-    batch = draw(cache, settings, signal, 0, 0)
+    batch = batches.draw(0, 0)
     return step, lambda: micro_step(batch), {}
 
 
@@ -248,7 +251,8 @@ def gradient_cosine(work):
         for _, B in run.adapters.projections().values():
             B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
         run.adapters.refresh()
-        run.micro_step(draw(run.cache, settings, run.signal, 0, 0))
+        run.adapters.vector.grad.zero_()
+        run.micro_step(run.batches.draw(0, 0))
         gradients.append(run.adapters.vector.grad.cpu().double())
         del run
     return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()

@@ -1,0 +1,40 @@
+"""AdamW over the adapters' one flat vector, and its learning rate at every step."""
+
+import importlib.util
+from functools import partial
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from data.common.safe import UserError
+
+POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
+
+
+def check_flags(settings):
+    """Raise UserError when the optimizer or its schedule cannot do what the flags ask for."""
+    if settings.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(
+            "--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave the flag out"
+        )
+    if settings.lr_scheduler == "polynomial" and settings.learning_rate <= POLYNOMIALS_END:
+        raise UserError(
+            f"--learning_rate {settings.learning_rate}: polynomial ends at {POLYNOMIALS_END}; "
+            "use a larger one or another --lr_scheduler"
+        )
+
+
+def make_optimizer(vector, settings):
+    """AdamW over `vector`, its state in 8 bits with --use_8bit_adam."""
+    kind = partial(torch.optim.AdamW, fused=vector.is_cuda)  # one kernel, which makes no copies of the vector
+    if settings.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as kind
+    return kind([vector], lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
+
+
+def learning_rate(optimizer, settings):
+    """-> a function of the step alone, so that resuming needs no schedule's state: step -> learning rate."""
+    warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
+    schedule = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    (factor,) = schedule.lr_lambdas
+    return lambda step: settings.learning_rate * factor(step)
