@@ -18,7 +18,7 @@ toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow
                  "a blue fox in the snow" "an orange ninja at night" "a green house in the desert" "a pink cat at night"
 toy.after      = $(PYTHON) -m data.toy.score $(RUN)
 
-# SDXL on the Naruto captions, made for a 16 GB T4.
+# SDXL on the Naruto captions, within the memory of a 16 GB T4.
 naruto.precompute = --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
                     --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
                     --dataset_name lambdalabs/naruto-blip-captions --resolution 1024 --mixed_precision fp16

@@ -1,10 +1,9 @@
-"""Is this machine fit for what was asked? Cheap questions, answered before hours are spent: python -m data.check [FOLDER]
+"""python -m data.check [FOLDER]: is this machine fit for what was asked? Cheap questions, before hours are spent.
 
-`make check` runs it, then the whole line on two pictures.
+`make check` runs it, and then the whole line on two pictures.
 """
 
 import importlib.metadata
-import importlib.util
 import sys
 from pathlib import Path
 

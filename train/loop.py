@@ -66,13 +66,10 @@ def train(settings, folder):
                 done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
             )
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
-                save(run, f"lora-{done:06d}")  # before the state, because a run that goes on from it starts behind it
-                save_state(
-                    folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan
-                )
+                save(run, done)
             if stop.received and done < settings.max_train_steps:
                 raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")
-    save(run, "lora")
+    export_weights(run, "lora")
 
 
 def micro_step(run, **batch):
@@ -181,7 +178,14 @@ def plan_and_capture(run):
         run.micro_step = eager
 
 
-def save(run, name):
+def save(run, done):
+    """The weights after `done` steps, then the state. In this order, because a run that goes on from the state starts
+    behind the step that wrote the weights."""
+    export_weights(run, f"lora-{done:06d}")
+    save_state(run.folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan)
+
+
+def export_weights(run, name):
     """The weights as they are now -> RUN/name.safetensors"""
     export(run.adapters, run.folder / f"{name}.safetensors", run.identity["base"], run.cache.manifest["resolution"])
 

@@ -12,7 +12,7 @@ from data.common.safe import atomic_write, naming
 
 
 class Metrics:
-    """Context manager: log(...) once per optimizer step. After a resume the file goes on at the resumed step."""
+    """A context manager whose log(...) is called once per optimizer step. A resumed run's file goes on at its step."""
 
     def __init__(self, path, step, steps, device):
         self.device, self.path = device, path
@@ -25,15 +25,14 @@ class Metrics:
         self.time = time.perf_counter()
 
     def log(self, step, images, **numbers):
-        """step: how many are done; images: trained in this one; numbers: what else to record."""
+        """step: how many are done. images: how many this one trained on. numbers: what else to write down."""
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
         line = dict(
             step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device)
         )
-        line = {
-            name: number if math.isfinite(number) else None for name, number in line.items()
-        }  # JSON has no infinity
+        # null instead of infinity, which JSON does not have
+        line = {name: number if math.isfinite(number) else None for name, number in line.items()}
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -51,7 +50,7 @@ class Metrics:
 
 
 def _step(line):
-    """The step of a line; infinite for one that a killed writer left half written, or somebody else wrote."""
+    """The step of a line; infinite for one that a killed writer left half written, or that somebody else wrote."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
@@ -59,7 +58,7 @@ def _step(line):
 
 
 def peak_gib(device):
-    """Most memory held so far, GiB: on a GPU what torch reserved there, else what the process held."""
+    """The most memory held so far, GiB: what torch reserved on the GPU, or without one what the process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
