@@ -19,15 +19,18 @@ from lora.files import load as load_lora
 
 
 def compare(settings, run):
-    """Write baseline_i.png, finetuned_i.png, grid.png and report.json. `settings` is flags.Infer, `run` the run's folder."""
+    """Draw every prompt without and with the LoRA: baseline_i.png, finetuned_i.png, grid.png and report.json.
+
+    `settings` is flags.Infer, `run` the run's folder.
+    """
     model, vae_model, resolution = models(settings, run)
     lora_path = settings.lora_path or run / "lora.safetensors"
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
-    embeddings = encode(
-        settings, TextEncoders(model, precision).load(device), model
-    )  # the encoders are freed before the UNet comes
+    encoders = TextEncoders(model, precision).load(device)
+    embeddings = encode(encoders, model, settings.prompt, settings.negative_prompt)
+    del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
     adapters, metadata = load_lora(unet, lora_path)
@@ -42,17 +45,17 @@ def compare(settings, run):
     folder.mkdir(exist_ok=True)
     pictures, seconds = {"base": [], "LoRA": []}, []
     with tqdm(total=2 * len(settings.prompt), unit="picture", desc="compare") as bar:
-        for i, (prompt, of_prompt) in enumerate(zip(settings.prompt, embeddings)):
+        for i, (prompt, embedded) in enumerate(zip(settings.prompt, embeddings)):
             start = noise(settings.seed, prompt, shape)
             for label, name, scale in (("base", "baseline", 0.0), ("LoRA", "finetuned", settings.lora_scale)):
                 adapters.set_scale(scale)
                 began = time.perf_counter()
-                picture = sample(pipeline, of_prompt, start, settings.num_inference_steps, settings.guidance_scale)
+                picture = sample(pipeline, embedded, start, settings.num_inference_steps, settings.guidance_scale)
                 seconds.append(time.perf_counter() - began)
                 pictures[label].append(picture)
                 write_png(picture, folder / f"{name}_{i}.png")
                 bar.update()
-    for name in ("baseline", "finetuned"):  # of an earlier call with more prompts
+    for name in ("baseline", "finetuned"):  # pictures of an earlier call with more prompts go
         for i in range(len(settings.prompt), 1 + len(list(folder.glob(f"{name}_*.png")))):
             (folder / f"{name}_{i}.png").unlink(missing_ok=True)
     write_png(grid(pictures, settings.prompt), folder / "grid.png")
@@ -74,7 +77,10 @@ def compare(settings, run):
 
 
 def models(settings, run):
-    """(base, VAE's model, resolution): what the run's cache names, unless a flag does. Resolution None: the model's own."""
+    """-> (base, the model whose VAE is used, resolution): what the run's cache names, unless a flag names another.
+
+    Where there is no cache, the resolution is None: the model's own.
+    """
     if settings.base_model and not (run / "cache" / "manifest.json").exists():
         model, vae, resolution = None, None, None
     else:
@@ -87,13 +93,16 @@ def models(settings, run):
     return model, vae, resolution
 
 
-def encode(settings, encoders, model):
-    """Per prompt: text, pooled, negative text, negative pooled, each with a batch axis of 1, on the CPU."""
-    if settings.negative_prompt is None and model.index().get("force_zeros_for_empty_prompt", True):
+def encode(encoders, model, prompts, negative_prompt):
+    """-> [text, pooled, negative text, negative pooled] for each prompt, with a batch axis of 1, on the CPU.
+
+    Without a negative prompt, the negative embeddings are the model's own unconditional ones.
+    """
+    if negative_prompt is None and model.index().get("force_zeros_for_empty_prompt", True):
         text, pooled = (torch.zeros_like(e) for e in encoders([""]))
     else:
-        text, pooled = encoders([settings.negative_prompt or ""])
-    return [[e.cpu() for e in (*encoders([prompt]), text, pooled)] for prompt in settings.prompt]
+        text, pooled = encoders([negative_prompt or ""])
+    return [[e.cpu() for e in (*encoders([prompt]), text, pooled)] for prompt in prompts]
 
 
 def difference(a, b):

@@ -1,13 +1,13 @@
-"""One picture out of many: base above LoRA for every prompt, with the prompt below in letters that can be read."""
+"""One picture out of many: base above LoRA for every prompt, and below them the prompt in letters of readable size."""
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 256  # pixels a picture is shown at
+CELL = 256  # pixels a side at which a picture is shown
 MARGIN, LINE, COLUMNS = 8, 22, 8
 
 
 def grid(rows, captions):
-    """rows: {label: [pictures]}, one picture per caption in each row -> PIL image. Wraps after COLUMNS captions."""
+    """rows: {label: [pictures]}, with one picture per caption. -> PIL image, wrapped after COLUMNS captions."""
     font = ImageFont.load_default(size=17)
     blocks = [_block(rows, captions, start, font) for start in range(0, len(captions), COLUMNS)]
     out = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), "white")
@@ -29,9 +29,8 @@ def _block(rows, captions, start, font):
     for y, (label, pictures) in enumerate(rows.items()):
         draw.text((MARGIN, MARGIN + y * step + CELL // 2), label, "black", font, anchor="lm")
         for x, picture in enumerate(pictures[start : start + COLUMNS]):
-            block.paste(
-                picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (label_width + x * step, MARGIN + y * step)
-            )
+            small = picture.resize((CELL, CELL), Image.Resampling.LANCZOS)
+            block.paste(small, (label_width + x * step, MARGIN + y * step))
     for x, lines in enumerate(texts):
         for n, line in enumerate(lines):
             draw.text((label_width + x * step, MARGIN + len(rows) * step + n * LINE), line, "black", font)
@@ -46,7 +45,7 @@ def _wrap(text, font):
         if font.getlength(longer) > CELL and lines[-1]:
             lines.append("")
             longer = word
-        while font.getlength(longer) > CELL:  # one word, or a language without spaces
+        while font.getlength(longer) > CELL:  # a very long word, or a language without spaces
             fits = next(n for n in range(1, len(longer)) if font.getlength(longer[: n + 1]) > CELL)
             lines[-1], longer = longer[:fits], longer[fits:]
             lines.append("")

@@ -1,6 +1,6 @@
 """The one sampler: text embeddings and noise -> a picture, through diffusers' StableDiffusionXLPipeline.
 
-Without text encoders, so that the trainer can use it beside a model in training.
+It takes embeddings instead of a prompt and needs no text encoder, so none is in memory next to the UNet.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def make_pipeline(model, unet, vae_model):
 
 
 def noise(seed, prompt, shape):
-    """Standard normal noise (1, *shape) that depends on seed and prompt alone: not on the prompts before, nor the device."""
+    """Standard normal noise (1, *shape). It depends on seed and prompt alone, not on other prompts or the device."""
     digest = hashlib.sha256(f"{seed} {prompt}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     return torch.randn((1, *shape), generator=generator)
@@ -36,9 +36,9 @@ def noise(seed, prompt, shape):
 
 @torch.inference_mode()
 def sample(pipeline, embeddings, latents, steps, guidance):
-    """One picture (PIL) of the size that `latents` (1, 4, h, w) has.
+    """Draw one picture (PIL) from the noise `latents` (1, 4, h, w), whose size decides the picture's.
 
-    embeddings: text (1, 77, 2048), pooled (1, 1280) and their negative_ counterparts.
+    embeddings: text (1, 77, 2048), pooled (1, 1280), then both of the negative prompt.
     """
     pipeline.set_progress_bar_config(disable=True)
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
@@ -57,6 +57,7 @@ def sample(pipeline, embeddings, latents, steps, guidance):
     ).images
     if not np.isfinite(pixels).all():
         raise NumbersError(
-            "a picture's numbers are not finite, it would be black; try a smaller --lora_scale, or another VAE that is made for half precision"
+            "a picture's numbers are not finite, it would be black; try a smaller --lora_scale, "
+            "or another VAE that is made for half precision"
         )
     return pipeline.image_processor.numpy_to_pil(pixels)[0]

@@ -142,9 +142,9 @@ def test_the_unconditional_is_the_models_own(zeros, tmp_path):
     def encoders(captions):
         return torch.full((1, 77, 2), float(len(captions[0]) + 1)), torch.full((1, 3), float(len(captions[0]) + 1))
 
-    (embeddings,) = encode(settings("infer", prompt=("abc",)), encoders, Index())
+    (embeddings,) = encode(encoders, Index(), ("abc",), None)
     assert [e.unique().item() for e in embeddings] == [4, 4, *([0, 0] if zeros else [1, 1])]
-    (embeddings,) = encode(settings("infer", prompt=("abc",), negative_prompt="ab"), encoders, Index())
+    (embeddings,) = encode(encoders, Index(), ("abc",), "ab")
     assert [e.unique().item() for e in embeddings] == [4, 4, 3, 3]
 
 
