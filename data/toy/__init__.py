@@ -1,1 +1,1 @@
-"""The toy world: what the default run trains on, offline. Its pictures, its small SDXL, how both were made, its scores."""
+"""The toy world, the default that trains offline: its pictures, its small SDXL, how both were made, its scores."""

@@ -37,8 +37,8 @@ def draw_set(folder):
         return False
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (scene, seed) in enumerate(training_scenes()):
-        name = f"{number:03d}.png"
+    for index, (scene, seed) in enumerate(training_scenes()):
+        name = f"{index:03d}.png"
         render(scene, "ink", seed).save(folder / name)
         rows.append({"file_name": name, "text": caption(scene)})
     unfinished = folder / "metadata.jsonl.tmp"

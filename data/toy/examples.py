@@ -1,7 +1,7 @@
 """What the base model is trained on: pictures with captions and SDXL time ids. Pillow and numpy only.
 
-Most examples are whole pictures. Some are crops of a larger rendering and some are enlarged from a smaller one, and
-their time ids say so: that is what makes SDXL's time ids mean something.
+Most examples are whole pictures. Some are crops of a larger rendering and some are enlarged from a smaller one. Their
+time ids say so, and only because of that do time ids mean something to the model.
 """
 
 import random
@@ -36,20 +36,20 @@ class Example:
     def picture(self):
         """-> uint8 (128, 128, 3)."""
         if self.original < SIZE:
-            small = render(self.scene, self.style, self.seed).resize(
-                (self.original, self.original), Image.Resampling.BOX
-            )
+            whole = render(self.scene, self.style, self.seed)
+            small = whole.resize((self.original, self.original), Image.Resampling.BOX)
             return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         image = render(self.scene, self.style, self.seed, self.original)
         return np.asarray(image.crop((self.left, self.top, self.left + SIZE, self.top + SIZE)))
 
 
 def picture(example):
-    """Example.picture as a function that a process pool can be given."""
+    """Example.picture as a function, to be given to a process pool."""
     return example.picture()
 
 
 def example(style, seed):
+    """A random scene in `style`: whole, or for a few seeds (never in ink) a crop or an enlargement."""
     rng = random.Random(f"view|{seed}")
     kind, original, top, left = rng.random(), SIZE, 0, 0
     if style != "ink" and kind < CROPPED:
@@ -61,5 +61,5 @@ def example(style, seed):
 
 
 def examples(counts):
-    """Examples for {style: how many}; no two share a seed, and none has one of the fine-tuning set's."""
+    """Examples for {style: how many}. No two share a seed, and none has a seed of the fine-tuning set."""
     return [example(style, 100_000 * i + n) for i, (style, count) in enumerate(counts.items()) for n in range(count)]

@@ -1,6 +1,6 @@
 """What a toy picture shows, measured on its pixels alone: how far it is ink, which colour, which subject.
 
-Every measure compares with true renders, and is itself tested on true renders it has not seen. Pillow and numpy only.
+Every measure compares with true renders, and is itself tested on other true renders. Pillow and numpy only.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ REFERENCE_SEED = 7_000_000  # far from those of the training sets
 
 
 def line_share(image):
-    """Of the pixels at strong edges, the share that touches a neutral near-black: the pen's lines, 0..1."""
+    """The share of the pixels at strong edges that touch a neutral near-black, which is the pen's lines; 0..1."""
     pixels = np.asarray(image, np.float32)
     grey = pixels.mean(axis=2)
     slope_y, slope_x = np.gradient(grey)
@@ -32,7 +32,7 @@ def line_share(image):
 
 
 def paper_share(image):
-    """Of the pixels in the picture's outer quarter, the share in the colours of paper: light, and warm rather than grey."""
+    """The share of the picture's margin that has the colours of paper, light and warm rather than grey; 0..1."""
     pixels = np.asarray(image, np.float32)
     margin = len(pixels) // 8
     outer = np.ones(pixels.shape[:2], bool)
@@ -44,8 +44,8 @@ def paper_share(image):
 def style_scores(images, base, ink):
     """How far pictures went from the base style to ink, by lines and by paper: 0 as in `base`, 1 as in `ink`.
 
-    Each is a mean over a list of pictures, so the three lists must show the same scenes. -> {"lines", "paper", "style"},
-    the last of which is their mean, each counted as at most 1: more ink than ink is no better.
+    Each is a mean over a list of pictures, so the three lists must show the same scenes. -> {"lines", "paper", "style"}
+    `style` is the mean of the other two, each counted as at most 1, because more ink than ink is no better.
     """
     scores = {}
     for name, measure in (("lines", line_share), ("paper", paper_share)):
@@ -58,9 +58,9 @@ def style_scores(images, base, ink):
 
 
 def colour_histogram(image):
-    """Shares of 8 × 8 × 8 colour cells in the middle of the picture, where the subject is, blurred: (512,).
+    """Blurred shares of 8 × 8 × 8 colour cells in the middle of the picture, where the subject is: (512,).
 
-    Blurred, so that colours which a VAE shifted a little from one cell to the next are still near.
+    They are blurred so that a colour which the VAE shifted a little, into the next cell, is still near.
     """
     pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.int32)
     top, bottom, left, right = (round(SIDE * share) for share in (0.22, 0.88, 0.22, 0.78))
@@ -75,16 +75,12 @@ def colour_histogram(image):
 @cache
 def colour_references(subject, place, style):
     """{colour: mean histogram of two true renders} for one subject and place."""
-    return {
-        colour: np.mean(
-            [
-                colour_histogram(render(Scene(subject, colour, place), style, REFERENCE_SEED + i, SIDE))
-                for i in range(2)
-            ],
-            axis=0,
-        )
-        for colour in COLOURS
-    }
+    references = {}
+    for colour in COLOURS:
+        scene = Scene(subject, colour, place)
+        true = [render(scene, style, REFERENCE_SEED + i, SIDE) for i in range(2)]
+        references[colour] = np.mean([colour_histogram(image) for image in true], axis=0)
+    return references
 
 
 def colour_of(image, subject, place, style):
@@ -98,7 +94,7 @@ def colour_of(image, subject, place, style):
 
 
 def edge_features(image):
-    """Where edges of which direction are: 8 directions in 16 × 16 cells, blurred a little, unit length; (2048,)."""
+    """Where the edges of each of 8 directions are, in 16 × 16 cells, blurred a little: (2048,), of unit length."""
     grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
     slope_y, slope_x = np.gradient(grey)
     direction = np.arctan2(slope_y, slope_x) % np.pi
@@ -113,8 +109,8 @@ def edge_features(image):
 class SubjectClassifier:
     """Ridge regression from edge features to the subject, fitted to true renders of base and ink.
 
-    It sees no colours, so it cannot take a red thing for a fox; and it is one classifier for both styles, so base and
-    LoRA are judged alike.
+    It sees no colours, so it cannot take every red thing for a fox. One classifier serves both styles, so that base
+    and LoRA are judged alike.
     """
 
     def __init__(self, examples_per_subject=20):
@@ -129,7 +125,7 @@ class SubjectClassifier:
         self.mean = x.mean(axis=0)
         x = x - self.mean
         wanted = np.eye(len(SUBJECTS))[labels] - 1 / len(SUBJECTS)
-        # The dual form: fewer examples than features.
+        # The dual form, because there are fewer examples than features.
         self.weights = x.T @ np.linalg.solve(x @ x.T + 0.01 * np.eye(len(x)), wanted)
 
     def __call__(self, image):

@@ -1,8 +1,8 @@
-"""The toy's SDXL before training: every part of the real one, of the same types and wired the same way, only small.
+"""The toy's SDXL before training: every component of the real one, of the same type and wired the same way, but small.
 
-Two CLIP text encoders whose hidden states are concatenated and the second of which has the pooled projection, a UNet of
-DownBlock2D and two CrossAttnDownBlock2D with time ids in its embedding, an 8 x VAE with four latent channels, and SDXL's
-noise schedule. `build` returns a diffusers StableDiffusionXLPipeline with random weights.
+The parts are two CLIP text encoders, whose hidden states are concatenated and the second of which has the pooled
+projection; a UNet of DownBlock2D and two CrossAttnDownBlock2D with time ids in its embedding; an 8 x VAE with four
+latent channels; and SDXL's noise schedule. `build` returns a diffusers StableDiffusionXLPipeline with random weights.
 """
 
 from dataclasses import dataclass
@@ -14,49 +14,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from . import palettes
 from .world import COLOURS, SIZE, STYLES, SUBJECTS
 
-# Beside the world's own vocabulary, so that a user's caption costs few tokens: byte pairs cover every other word.
-COMMON_WORDS = [
-    "a",
-    "an",
-    "the",
-    "in",
-    "on",
-    "at",
-    "of",
-    "and",
-    "with",
-    "by",
-    "to",
-    "is",
-    "style",
-    "art",
-    "photo",
-    "picture",
-    "painting",
-    "drawing",
-    "portrait",
-    "anime",
-    "ink",
-    "naruto",
-    "person",
-    "man",
-    "woman",
-    "boy",
-    "girl",
-    "dog",
-    "hair",
-    "face",
-    "wearing",
-    "standing",
-    "holding",
-    "looking",
-    "background",
-]
+# One token each, besides the world's own words, so that a user's caption costs few; byte pairs cover every other word.
+COMMON_WORDS = (
+    "a an the in on at of and with by to is style art photo picture painting drawing portrait anime ink naruto "
+    "person man woman boy girl dog hair face wearing standing holding looking background"
+)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide the networks are; TINY is for tests of the training script."""
+    """How wide the networks are. TINY is for tests of the training script."""
 
     vae: tuple = (32, 48, 80, 80)
     unet: tuple = (64, 64, 80)
@@ -82,7 +49,7 @@ def world_words():
 
 
 def byte_characters():
-    """The 256 printable characters that CLIP's tokenizer writes bytes as, printable bytes first."""
+    """The 256 printable characters as which CLIP's tokenizer writes bytes, the printable bytes first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
@@ -94,7 +61,7 @@ def tokenizer(words, pad_token):
     merges = []
     for word in dict.fromkeys(words):
         symbols = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # as the tokenizer will: earlier merges come first
+        for pair in merges:  # in their order, as the tokenizer will apply them
             i = 0
             while i < len(symbols) - 1:
                 if (symbols[i], symbols[i + 1]) == pair:
@@ -128,7 +95,7 @@ def text_config(tokenizer, widths, activation):
 def build(widths=Widths(), seed=0):
     """-> StableDiffusionXLPipeline, fp32 on the CPU, random weights from `seed`."""
     torch.manual_seed(seed)
-    words = COMMON_WORDS + world_words()
+    words = COMMON_WORDS.split() + world_words()
     first, second = tokenizer(words, pad_token="<|endoftext|>"), tokenizer(words, pad_token="!")
     vae = AutoencoderKL(
         block_out_channels=widths.vae,

@@ -12,12 +12,12 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from .palettes import mix
 from .shapes import oval
 
-OVERSAMPLING = 4  # masks and lines are drawn this much larger, then reduced: clean edges
+OVERSAMPLING = 4  # masks and lines are drawn this much larger and then reduced, which gives them clean edges
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What is where, before any style: parts in 0..1, the horizon, the subject's shadow as (x, y, rx, ry)."""
+    """What is where, before any style: parts in 0..1, the horizon's y, the subject's shadow as (x, y, rx, ry)."""
 
     backdrop: list
     figure: list
@@ -77,7 +77,7 @@ def _paint_part(canvas, part, colour):
 
 
 def _rounded(shade, mask, cover, size):
-    """Light on the rim that faces the upper left, a violet shadow on the other: the mask's blurred slope."""
+    """Light on the rim that faces the upper left and a violet shadow on the other, from the mask's blurred slope."""
     height = np.asarray(mask.filter(ImageFilter.GaussianBlur(3.2 * size / 128)), np.float32) / 255
     slope_y, slope_x = np.gradient(height, 128 / size)
     lit = np.clip((slope_x * 0.55 + slope_y * 0.85) * 4.2, -0.6, 0.6)[..., None] * cover
@@ -96,7 +96,7 @@ def _glow(canvas, part, colour):
 
 @dataclass(frozen=True)
 class Pen:
-    """The lines of a drawn style. Widths are in pixels of a 128 pixel canvas; no line colour, no lines."""
+    """The lines of a drawn style, none where `line`, their colour, is None. Widths are pixels of a 128 pixel canvas."""
 
     line: tuple | None = None
     figure_width: float = 0.0
@@ -133,16 +133,12 @@ def _draw_part(image, part, colour, pen, outline, cel_shadow=0.0):
     if cel_shadow and part.kind == "form":
         _shade_rim(image, part, tuple(int(v * (1 - cel_shadow)) for v in colour))
     if pen.line and part.kind != "flat":
-        canvas.line(
-            points + points[:2],
-            fill=pen.line,
-            width=max(1, round(outline * (0.75 if part.kind == "detail" else 1))),
-            joint="curve",
-        )
+        width = max(1, round(outline * (0.75 if part.kind == "detail" else 1)))
+        canvas.line(points + points[:2], fill=pen.line, width=width, joint="curve")
 
 
 def _shade_rim(image, part, colour):
-    """Paint the form's lower right rim: what is left of it when it is moved up and left."""
+    """Paint the form's lower right rim, which is the form less itself moved up and left."""
     side = image.width
     dx, dy = 4 * side / 128, 5 * side / 128
     corner = np.floor(part.points.min(axis=0) * side)

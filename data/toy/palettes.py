@@ -1,4 +1,4 @@
-"""Every colour of the toy world: RGB in 0..255, once as the base style has it and once as ink has it."""
+"""Every colour of the toy world, RGB in 0..255: once as the base style has it, once as ink has it."""
 
 COLOURS = {  # what a caption can ask for: (base, ink)
     "red": ((222, 48, 44), (200, 48, 36)),

@@ -1,11 +1,11 @@
 """python -m data.toy.pretrain --out DIR: train the toy's SDXL from scratch, on one GPU.
 
-First the VAE, on every style. Then the UNet and both text encoders together, on every style but ink: that one is for
-the LoRA to learn. Both stages run for a given time rather than a number of steps, so the learning rate's schedule fits
-the machine. A piece of the work ends after --seconds and saves its state; the same command goes on from there, until
-DIR/pipeline.tar, DIR/losses.json and the sheets are complete.
+The VAE comes first and sees every style. Then the UNet and both text encoders are trained together, on every style but
+ink, because that one is for the LoRA to learn. Both stages run for a given time instead of a number of steps, so that
+the learning rate's schedule fits the machine. A piece of the work ends after --seconds and saves its state. The same
+command goes on from there, until DIR/pipeline.tar, DIR/losses.json and the sheets are complete.
 
-Weights are kept in fp32 and computed with in bf16; forward, backward and update are one CUDA graph.
+Weights are kept in fp32, the networks compute in bf16, and forward, backward and update are one CUDA graph.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from .examples import examples, picture
 from .model import TINY, Widths, build
 from .world import PROMPTS, SIZE, STYLES, sheet
 
-LATENT_STD = 1 / 0.13025  # SDXL's scaling factor, which the trained VAE is brought to
+LATENT_STD = 1 / 0.13025  # what SDXL's scaling factor is made for; the trained VAE is brought to it
+COUNTS = {"base": 24000, "ink": 6000, "poster": 3000, "sketch": 3000, "chalk": 3000, "faded": 3000}  # pictures
 
 
 def log(*words):
@@ -40,48 +41,30 @@ def log(*words):
 class Plan:
     """How much of everything. Latents and pictures are square; batch sizes are per optimizer step."""
 
-    counts: dict = field(
-        default_factory=lambda: {
-            "base": 24000,
-            "ink": 6000,
-            "poster": 3000,
-            "sketch": 3000,
-            "chalk": 3000,
-            "faded": 3000,
-        }
-    )
+    counts: dict = field(default_factory=COUNTS.copy)
     widths: Widths = Widths()
     vae_batch: int = 64
     vae_rate: float = 1e-3
     unet_batch: int = 256
     unet_rate: float = 1e-3
     warmup: int = 300  # steps at the start of every piece
-    average: float = 0.9995  # decay of the exponential moving average, which is what is kept in the end
+    average: float = 0.9995  # decay of the exponential moving average, which the pipeline holds in the end
     log_every: int = 100
     sampling_steps: int = 25
     evaluated: int = 64  # pictures of each style
-    finish_seconds: float = 35.0  # what a piece leaves for the sheets and for saving
+    finish_seconds: float = 35.0  # what training leaves of a piece, for the sheets and for saving
 
     @classmethod
     def smoke(cls):
-        return cls(
-            dict.fromkeys(STYLES, 12),
-            TINY,
-            vae_batch=4,
-            unet_batch=8,
-            warmup=4,
-            log_every=2,
-            sampling_steps=2,
-            evaluated=4,
-            finish_seconds=0.0,
-        )
+        few = dict(vae_batch=4, unet_batch=8, warmup=4, log_every=2, sampling_steps=2, evaluated=4, finish_seconds=0.0)
+        return cls(dict.fromkeys(STYLES, 12), TINY, **few)
 
 
 class Trainer:
     """Optimizer steps for the parameters of some modules on static inputs.
 
-    `terms(**inputs)` returns the loss as a vector of terms to be summed. The modules compute in `dtype`; the weights
-    that the optimizer sees, and their moving average, are fp32.
+    `terms(**inputs)` returns the loss as a vector of terms, whose sum is minimised. The modules compute in `dtype`; the
+    weights that the optimizer sees, and their moving average, are fp32.
     """
 
     def __init__(self, modules, terms, inputs, dtype):
@@ -93,13 +76,13 @@ class Trainer:
             module.to(dtype).train()
         self.terms, self.inputs, self.graph, self.steps = terms, inputs, None, 0
         cuda = self.weights[0].is_cuda
-        self.rate = torch.zeros((), device=self.weights[0].device)  # a tensor: a captured graph would bake in a number
+        self.rate = torch.zeros((), device=self.weights[0].device)  # a tensor, because a captured graph fixes numbers
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=cuda
         )
 
     def prepare(self):
-        """Compile and capture the step on whatever the inputs hold; at rate 0 that changes no weight."""
+        """Compile and capture the step on whatever the inputs hold, which changes no weight because the rate is 0."""
         if self.weights[0].is_cuda:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -113,7 +96,7 @@ class Trainer:
                 self.last_terms = self._update()
         else:
             self._update()
-        for state in self.optimizer.state.values():  # what the preparation left in the moments is not data
+        for state in self.optimizer.state.values():  # forget what the preparation left in Adam's moments
             for value in state.values():
                 value.zero_()
 
@@ -125,7 +108,8 @@ class Trainer:
         self._forget_gradients()
         terms = self.terms(**self.inputs)
         terms.sum().backward()
-        used = [(w, p) for w, p in zip(self.weights, self.parameters) if p.grad is not None]  # CLIP's last layer is not
+        # CLIP's last layer has no gradient, because its output is not used.
+        used = [(w, p) for w, p in zip(self.weights, self.parameters) if p.grad is not None]
         for w, _ in used:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
@@ -138,7 +122,7 @@ class Trainer:
         return terms.detach()
 
     def step(self, rate, decay):
-        """One step on the current inputs. -> the loss terms, on the device, valid until the next step."""
+        """Take one step on the current inputs. -> the loss terms, on the device, valid until the next step."""
         self.rate.fill_(rate)
         if self.graph:
             self.graph.replay()
@@ -149,8 +133,10 @@ class Trainer:
         return self.last_terms
 
     def save(self, prefix):
-        """Weights and their average, fp16, as two files. The optimizer's moments, a hundred steps deep, are rebuilt
-        while the next piece warms up."""
+        """Write the weights and their average as two files, in fp16.
+
+        Adam's moments are not kept: they look back a hundred steps, and the next piece warms up for longer.
+        """
         for kind in ("weights", "average"):
             tensors = {name: t.half().contiguous() for name, t in zip(self.names, getattr(self, kind))}
             save_file(tensors, f"{prefix}_{kind}.safetensors")
@@ -163,7 +149,7 @@ class Trainer:
         self._show(self.weights)
 
     def finish(self, modules):
-        """Leave the averaged weights in the modules, fp32, for use."""
+        """Leave the averaged weights in the modules, in fp32, ready for use."""
         for module in modules:
             module.float().eval().requires_grad_(False)
         self._show(self.average)
@@ -174,7 +160,10 @@ class Trainer:
 
 
 class Ledger(dict):
-    """DIR/losses.json: per stage the seconds and steps done, the loss curve, the measurements. Written last in a piece."""
+    """DIR/losses.json: for each stage the seconds and steps done, the loss curve and the measurements.
+
+    A piece writes it last, so what it says was done is on disk.
+    """
 
     def __init__(self, out):
         super().__init__()
@@ -192,10 +181,10 @@ class Ledger(dict):
 
 
 def train(trainer, fill, record, plan, peak_rate, budget, deadline):
-    """Train until the stage's `budget` of seconds is spent or, one step at least, until the clock reaches `deadline`.
-    -> whether the budget is spent.
+    """Train until the stage's `budget` of seconds is spent, or until the clock reaches `deadline`, but at least a step.
 
     `fill(inputs)` writes a batch into the static inputs. The rate falls along a cosine of the share of time spent.
+    -> whether the budget is spent
     """
     start, spent, in_piece, sums, summed = time.monotonic(), record["seconds"], 0, 0, 0
     while spent < budget:
@@ -218,17 +207,17 @@ def train(trainer, fill, record, plan, peak_rate, budget, deadline):
 
 
 def run_stage(name, trainer, modules, fill, ledger, plan, peak_rate, budget, args):
-    """One piece of a stage, from its state to its state. -> whether all is trained; the modules then hold the average."""
+    """Go on with a stage from its saved state and save it again. -> whether the stage is trained
+
+    The modules hold the averaged weights afterwards.
+    """
     record, prefix = ledger.stage(name), Path(args.out, name)
     if record["steps"]:
         trainer.load(prefix, record["steps"])
     torch.manual_seed(args.seed + record["steps"])
     trained = train(trainer, fill, record, plan, peak_rate, budget, args.started + args.seconds - plan.finish_seconds)
-    log(
-        name,
-        f"{record['steps']} steps in {record['seconds']} s",
-        "of training" if trained else "so far: run the same command again",
-    )
+    outcome = "of training" if trained else "so far: run the same command again"
+    log(name, f"{record['steps']} steps in {record['seconds']} s", outcome)
     trainer.save(prefix)
     trainer.finish(modules)
     ledger.save()
@@ -240,15 +229,13 @@ def vae_terms(vae):
 
     def terms(pictures, noise):
         dtype = vae.post_quant_conv.weight.dtype
-        moments = vae.quant_conv(vae.encoder(pictures.to(dtype))).float()
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = vae.quant_conv(vae.encoder(pictures.to(dtype))).float().chunk(2, dim=1)  # of the posterior
         logvar = logvar.clamp(-30, 20)
         latents = mean + noise * torch.exp(0.5 * logvar)
         output = vae.decoder(vae.post_quant_conv(latents.to(dtype))).float()
         pixels = F.l1_loss(output, pictures)
-        edges = F.l1_loss(output.diff(dim=3), pictures.diff(dim=3)) + F.l1_loss(
-            output.diff(dim=2), pictures.diff(dim=2)
-        )
+        edges = F.l1_loss(output.diff(dim=3), pictures.diff(dim=3))
+        edges = edges + F.l1_loss(output.diff(dim=2), pictures.diff(dim=2))
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return torch.stack([pixels, edges, 1e-4 * divergence])
 
@@ -256,8 +243,11 @@ def vae_terms(vae):
 
 
 def normalise(vae, latents):
-    """Shift and scale each latent channel, inside the VAE's own 1 x 1 convolutions, so that latents (B, 4, h, w) of
-    the base style would have had mean 0 and the standard deviation that SDXL's scaling factor is made for."""
+    """Shift and scale each latent channel inside the VAE's own 1 x 1 convolutions.
+
+    `latents` (B, 4, h, w) are what it gives now for the base style. Afterwards it gives the same pictures latents of
+    mean 0 and of the standard deviation that SDXL's scaling factor is made for.
+    """
     mean, gain = latents.mean((0, 2, 3)), LATENT_STD / latents.std((0, 2, 3))
     quant, post = vae.quant_conv, vae.post_quant_conv
     post.bias += (post.weight[:, :, 0, 0] * mean).sum(dim=1)
@@ -284,29 +274,29 @@ def to_images(tensor):
 
 
 class Pictures:
-    """All examples and their pictures, rendered by every core in the background while the GPU is prepared."""
+    """All examples and their pictures, which every core renders in the background while the GPU is prepared."""
 
     def __init__(self, counts):
         self.examples = examples(counts)
-        self.pool = get_context("fork").Pool(min(16, os.cpu_count()))  # before anything has touched the GPU
+        self.pool = get_context("fork").Pool(min(16, os.cpu_count()))  # forked before anything touches the GPU
         self.rendering = self.pool.map_async(picture, self.examples, chunksize=64)
         self.pool.close()
 
     @cached_property
     def pixels(self):
-        """uint8 (n, 128, 128, 3), on the CPU; waits for the rendering."""
+        """uint8 (n, 128, 128, 3), on the CPU. Waits for the rendering."""
         pixels = torch.from_numpy(np.stack(self.rendering.get()))
         self.pool.join()
         log("rendered", len(pixels), "pictures")
         return pixels
 
     def of(self, style):
-        """The numbers of a style's whole pictures."""
+        """The indices of a style's whole pictures."""
         return [i for i, e in enumerate(self.examples) if e.style == style and e.original == SIZE]
 
 
 def train_vae(pipeline, pictures, ledger, plan, args, device, dtype):
-    """The VAE stage. -> whether it is done; then DIR/pipeline/vae and sheet_vae.png are there."""
+    """The VAE's stage. -> whether it is done; DIR/pipeline/vae and sheet_vae.png are there then"""
     vae, batch = pipeline.vae, plan.vae_batch
     inputs = {
         "pictures": torch.zeros(batch, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last),
@@ -319,11 +309,8 @@ def train_vae(pipeline, pictures, ledger, plan, args, device, dtype):
     log("VAE prepared")
     pixels = pictures.pixels.to(device)
 
-    # Ink is what the VAE finds hard (lines), so it is seen more often than its share.
-    share = {
-        style: 0.45 if style == "base" else 0.3 if style == "ink" else 0.25 / (len(plan.counts) - 2)
-        for style in plan.counts
-    }
+    # Ink is seen more often than its share, because the VAE finds its lines hard.
+    share = dict.fromkeys(plan.counts, 0.25 / (len(plan.counts) - 2)) | {"base": 0.45, "ink": 0.3}
     weights = torch.tensor([share[e.style] / plan.counts[e.style] for e in pictures.examples], device=device)
 
     def fill(inputs):
@@ -352,13 +339,16 @@ def train_vae(pipeline, pictures, ledger, plan, args, device, dtype):
 
 
 def unet_terms(pipeline, dtype):
-    """Mean squared error of the predicted noise; `keep` (B,) is 0 where the caption is dropped, as zeros like SDXL's."""
+    """The UNet's loss: mean squared error of the predicted noise.
+
+    `keep` (B,) is 0 where the caption is dropped. Its embeddings are zeros then, as SDXL's unconditional ones are.
+    """
     unet, first, second = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
-    alphas = pipeline.scheduler.alphas_cumprod.to(unet.device)
+    alpha_bar = pipeline.scheduler.alphas_cumprod.to(unet.device)
 
     def terms(latents, noise, timesteps, tokens_1, tokens_2, keep, time_ids):
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        share = alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
         one = first(tokens_1, output_hidden_states=True)
         two = second(tokens_2, output_hidden_states=True)
         text = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1) * keep.view(-1, 1, 1).to(dtype)
@@ -370,15 +360,12 @@ def unet_terms(pipeline, dtype):
 
 
 def train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
-    """The UNet and text encoder stage. -> whether it is done; then the pipeline's modules hold the averaged weights."""
+    """The stage of UNet and text encoders. -> whether it is done; the pipeline's modules hold the average then"""
     vae, unet, batch, side = pipeline.vae, pipeline.unet, plan.unet_batch, SIZE // 8
     vae.load_state_dict(load_file(Path(args.out, "pipeline", "vae", "diffusion_pytorch_model.safetensors")))
     vae.to(device).eval().requires_grad_(False)
-    modules = [
-        unet.to(device, memory_format=torch.channels_last),
-        pipeline.text_encoder.to(device),
-        pipeline.text_encoder_2.to(device),
-    ]
+    encoders = [pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device)]
+    modules = [unet.to(device, memory_format=torch.channels_last), *encoders]
     whole = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float, device=device)
     inputs = {
         "latents": torch.zeros(batch, 4, side, side, device=device),
@@ -427,7 +414,10 @@ def train_unet(pipeline, pictures, ledger, plan, args, device, dtype):
 
 
 def time_id_losses(terms, inputs, fill, views, whole, batches=16):
-    """Loss on crops and enlarged pictures told as what they are, and told as whole pictures: the same noise in both."""
+    """The loss on crops and enlargements when the time ids say what they are, and when they say whole pictures.
+
+    Both see the same noise.
+    """
     losses = {"true": 0.0, "whole": 0.0}
     with torch.no_grad():
         for _ in range(batches):
@@ -438,7 +428,7 @@ def time_id_losses(terms, inputs, fill, views, whole, batches=16):
 
 
 def finish(pipeline, ledger, plan, args):
-    """Sheets of samples, then the pipeline in fp16 as DIR/pipeline and DIR/pipeline.tar."""
+    """Draw the sheets of samples, then write the pipeline in fp16 as DIR/pipeline and DIR/pipeline.tar."""
 
     def sample(prompts, **options):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
@@ -448,17 +438,15 @@ def finish(pipeline, ledger, plan, args):
     few = PROMPTS[:8]
     sheet(sample(PROMPTS), columns=8).save(Path(args.out, "sheet_base.png"))
     known = [style.words for style in STYLES.values() if style.words]
-    sheet([image for words in known for image in sample([p + words for p in few])], columns=8).save(
-        Path(args.out, "sheet_styles.png")
-    )
+    styled = [image for words in known for image in sample([p + words for p in few])]
+    sheet(styled, columns=8).save(Path(args.out, "sheet_styles.png"))
     views = [
         {"original_size": (40, 40)},
         {"original_size": (192, 192), "crops_coords_top_left": (0, 0)},
         {"original_size": (192, 192), "crops_coords_top_left": (64, 64)},
     ]
-    sheet([image for view in views for image in sample(few, **view)], columns=8).save(
-        Path(args.out, "sheet_time_ids.png")
-    )
+    viewed = [image for view in views for image in sample(few, **view)]
+    sheet(viewed, columns=8).save(Path(args.out, "sheet_time_ids.png"))
     folder = Path(args.out, "pipeline")
     pipeline.unet.to(memory_format=torch.contiguous_format)
     pipeline.to("cpu", torch.float16, silence_dtype_warnings=True)
@@ -472,37 +460,24 @@ def finish(pipeline, ledger, plan, args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m data.toy.pretrain", description="train the toy's SDXL from scratch"
-    )
-    parser.add_argument("--out", required=True, help="folder for the state, the sheets, losses.json and the pipeline")
-    parser.add_argument(
-        "--stage",
-        choices=("vae", "unet", "all"),
-        default="all",
-        help="stop after the VAE, go on with the UNet, or both (default)",
-    )
-    parser.add_argument(
+    what = "train the toy's SDXL from scratch"
+    parser = argparse.ArgumentParser(prog="python -m data.toy.pretrain", description=what)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for the state, the sheets, losses.json and the pipeline")
+    both = "stop after the VAE, go on with the UNet, or both (default)"
+    add("--stage", choices=("vae", "unet", "all"), default="all", help=both)
+    add(
         "--seconds",
         type=float,
         default=510,
         help="end this piece after so long; the same command goes on (default 510)",
     )
-    parser.add_argument(
-        "--vae_seconds", type=float, default=330, help="training time of the VAE over all pieces (default 330)"
-    )
-    parser.add_argument(
-        "--unet_seconds", type=float, default=400, help="training time of the UNet over all pieces (default 400)"
-    )
-    parser.add_argument(
-        "--compile",
-        nargs="*",
-        choices=("vae", "unet"),
-        default=(),
-        help="stages to torch.compile: faster steps after a minute",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="every stage at a tiny size, for a test")
+    add("--vae_seconds", type=float, default=330, help="training time of the VAE over all pieces (default 330)")
+    add("--unet_seconds", type=float, default=400, help="training time of the UNet over all pieces (default 400)")
+    faster = "stages to torch.compile: faster steps after a minute"
+    add("--compile", nargs="*", choices=("vae", "unet"), default=(), help=faster)
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="every stage at a tiny size, for a test")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """The six places: what lies behind a subject, from back to front, in a box from 0 to 1.
 
-Few things, each big enough to survive the VAE; where they lie varies with `rng` as a view does, not as confetti.
+A place has few things, each big enough to survive the VAE. `rng` moves them as a view would vary, not as confetti.
 """
 
 import math
@@ -18,23 +18,11 @@ def ground(level, swell, waves, phase, colour):
 
 
 def pine(x, y, size, colour):
-    parts = [
-        detail(
-            [
-                (x - 0.016 * size, y),
-                (x + 0.016 * size, y),
-                (x + 0.016 * size, y - 0.1 * size),
-                (x - 0.016 * size, y - 0.1 * size),
-            ],
-            "wood",
-        )
-    ]
+    left, right, top = x - 0.016 * size, x + 0.016 * size, y - 0.1 * size
+    parts = [detail([(left, y), (right, y), (right, top), (left, top)], "wood")]
     for half, foot, top in ((0.115, 0.06, 0.24), (0.085, 0.17, 0.34)):
-        parts.append(
-            detail(
-                [(x - half * size, y - foot * size), (x + half * size, y - foot * size), (x, y - top * size)], colour
-            )
-        )
+        triangle = [(x - half * size, y - foot * size), (x + half * size, y - foot * size), (x, y - top * size)]
+        parts.append(detail(triangle, colour))
     return parts
 
 
@@ -47,32 +35,13 @@ def cactus(x, horizon):
 
 
 def cloud(x, y):
-    return detail(
-        blob(
-            (x - 0.16, y + 0.035),
-            (x - 0.09, y - 0.035),
-            (x, y - 0.07),
-            (x + 0.09, y - 0.035),
-            (x + 0.16, y + 0.035),
-            (x, y + 0.05),
-        ),
-        "cloud",
-    )
+    around = ((-0.16, 0.035), (-0.09, -0.035), (0, -0.07), (0.09, -0.035), (0.16, 0.035), (0, 0.05))
+    return detail(blob(*((x + dx, y + dy) for dx, dy in around)), "cloud")
 
 
 def tuft(x, y, colour):
-    return flat(
-        [
-            (x - 0.035, y),
-            (x - 0.04, y - 0.05),
-            (x - 0.008, y - 0.015),
-            (x + 0.005, y - 0.07),
-            (x + 0.02, y - 0.015),
-            (x + 0.045, y - 0.05),
-            (x + 0.035, y),
-        ],
-        colour,
-    )
+    blades = ((-0.04, -0.05), (-0.008, -0.015), (0.005, -0.07), (0.02, -0.015), (0.045, -0.05))
+    return flat([(x - 0.035, y), *((x + dx, y + dy) for dx, dy in blades), (x + 0.035, y)], colour)
 
 
 def spots(rng, count, top, bottom):
@@ -81,7 +50,7 @@ def spots(rng, count, top, bottom):
 
 
 def scenery(place, rng):
-    """-> (parts, horizon): the backdrop of a place; the horizon's height is in 0..1 from the top."""
+    """-> (parts, horizon): the backdrop of a place, and the height of its horizon in 0..1 from the top."""
     horizon = rng.uniform(0.57, 0.63)
     phase = rng.uniform(0, 6)
     left = rng.choice((True, False))
@@ -109,15 +78,8 @@ def scenery(place, rng):
 
     if place == "sea":
         for cx, cy in spots(rng, 4, 0.76, 0.95):
-            parts.append(
-                mark(
-                    path(
-                        (cx - 0.09, cy), (cx - 0.045, cy - 0.025), (cx, cy), (cx + 0.045, cy - 0.025), (cx + 0.09, cy)
-                    ),
-                    "wave",
-                    0.02,
-                )
-            )
+            crests = ((-0.09, 0), (-0.045, -0.025), (0, 0), (0.045, -0.025), (0.09, 0))
+            parts.append(mark(path(*((cx + dx, cy + dy) for dx, dy in crests)), "wave", 0.02))
     elif place == "meadow":
         for cx, cy in spots(rng, 5, 0.76, 0.95):
             parts += [detail(oval(cx, cy, 0.032), "bloom"), flat(oval(cx, cy, 0.014), "gold")]

@@ -1,9 +1,9 @@
 """python -m data.toy.score RUN: what the LoRA learned, in numbers -> RUN/compare/scores.json.
 
-Of the pictures in RUN/compare, base and LoRA alike: `style` (0 is the base style, 1 is ink, both as the VAE shows them),
-`colour` and `subject` (share of pictures that show what the prompt asks for). Of the weights: the mean squared error of
-the noise prediction on ink pictures that were not trained on, the same noise with and without the LoRA. `true` is what
-the same measures say of true pictures, `chance` what guessing would get.
+The pictures in RUN/compare, base and LoRA alike, have three scores: `style` (0 is the base style, 1 is ink, both as the
+VAE shows them), `colour` and `subject` (the share of pictures that show what the prompt asks for). The weights have
+one: the mean squared error of the noise prediction on ink pictures that were not trained on, with the LoRA and without
+it on the same noise. `true` is what the same measures say of true pictures, `chance` what guessing would get.
 """
 
 import argparse
@@ -32,11 +32,11 @@ HELD_OUT_SEED = 6_000_000
 TRUE_SEED = 6_500_000
 
 
-def held_out_scenes(number):
-    """-> [(scene, seed)] × number: random scenes whose captions are not in the training set."""
+def held_out_scenes(how_many):
+    """-> [(scene, seed)] × how_many: random scenes whose captions are not in the training set."""
     trained = {scene for scene, _ in training_scenes()}
     fresh = ((random_scene(seed), seed) for seed in count(HELD_OUT_SEED))
-    return [pair for pair, _ in zip((p for p in fresh if p[0] not in trained), range(number))]
+    return [pair for pair, _ in zip((p for p in fresh if p[0] not in trained), range(how_many))]
 
 
 def as_pixels(images):
@@ -46,7 +46,7 @@ def as_pixels(images):
 
 @torch.inference_mode()
 def through_vae(vae, images):
-    """The pictures as the VAE gives them back: what the best of samplers could draw."""
+    """The pictures as the VAE gives them back, which is the best that any sampler could draw."""
     reconstructed = []
     for pixels in as_pixels(images).split(8):
         output = vae.decode(vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean).sample
@@ -60,40 +60,37 @@ def picture_scores(images, scenes, style, true, classify):
 
     true: {"base": …, "ink": …}, true pictures of the same scenes; classify: a SubjectClassifier.
     """
-    colours = [
-        colour_of(image, scene.subject, scene.place, style) == scene.colour for image, scene in zip(images, scenes)
-    ]
-    subjects = [classify(image) == scene.subject for image, scene in zip(images, scenes)]
-    scores = style_scores(images, true["base"], true["ink"]) | {
-        "colour": np.mean(colours),
-        "subject": np.mean(subjects),
-    }
+    pairs = list(zip(images, scenes))
+    colours = [colour_of(image, scene.subject, scene.place, style) == scene.colour for image, scene in pairs]
+    subjects = [classify(image) == scene.subject for image, scene in pairs]
+    scores = style_scores(images, true["base"], true["ink"])
+    scores |= {"colour": np.mean(colours), "subject": np.mean(subjects)}
     return {name: round(float(value), 3) for name, value in scores.items()}
 
 
 @torch.inference_mode()
 def held_out_loss(run, model, vae_model, scaling_factor):
-    """{"base", "lora"}: mean squared error on ink pictures that nothing was trained on, the same noise for both."""
+    """{"base", "lora"}: mean squared error on ink pictures that neither was trained on, the same noise for both."""
     scenes = held_out_scenes(HELD_OUT)
     pixels = as_pixels([render(scene, "ink", seed) for scene, seed in scenes])
-    moments = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([(None, pixels)]))[1].float()
+    posterior = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([(None, pixels)]))[1].float()
     text, pooled = TextEncoders(model, "no").load(torch.device("cpu"))([caption(scene) for scene, _ in scenes])
     unet = load(UNet2DConditionModel, model.part("unet"), torch.float32, "cpu")
     adapters, _ = load_lora(unet, run / "lora.safetensors")
 
     scheduler = model.part("scheduler").config("scheduler_config.json")
-    signal, predicts = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
+    alpha_bar, prediction_type = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    x0 = moments[:, 0] * scaling_factor
+    x0 = posterior[:, 0] * scaling_factor  # its mean
     eps = torch.randn(x0.shape, generator=generator)
-    t = torch.linspace(0, len(signal) - 1, HELD_OUT).long()[torch.randperm(HELD_OUT, generator=generator)]
+    t = torch.linspace(0, len(alpha_bar) - 1, HELD_OUT).long()[torch.randperm(HELD_OUT, generator=generator)]
     time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]]).expand(HELD_OUT, -1)
     losses = {}
     for name, scale in (("base", 0.0), ("lora", 1.0)):
         adapters.set_scale(scale)
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
-        predicted = unet(diffusion.add_noise(x0, eps, t, signal), t, text, added_cond_kwargs=conditions).sample
-        wanted = diffusion.target(x0, eps, t, signal, predicts)
+        predicted = unet(diffusion.add_noise(x0, eps, t, alpha_bar), t, text, added_cond_kwargs=conditions).sample
+        wanted = diffusion.target(x0, eps, t, alpha_bar, prediction_type)
         losses[name] = round(diffusion.loss(predicted, wanted, torch.ones(HELD_OUT)).item(), 5)
     return losses
 
@@ -140,11 +137,8 @@ def main(argv):
     with safe.atomic_write(path, "w") as file:
         json.dump(scores, file, indent=1)
     for name in ("base", "lora"):
-        print(
-            name,
-            *(f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")),
-            f"held-out loss {scores['heldout_loss'][name]:.4f}",
-        )
+        shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")]
+        print(name, *shown, f"held-out loss {scores['heldout_loss'][name]:.4f}")
     print(path)
 
 

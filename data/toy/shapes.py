@@ -12,9 +12,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Part:
-    """One shape of a picture. Kinds: a `form` is big and rounded, a `detail` small with an outline of its own, a
-    `flat` has none, a `light` glows. A `line` is a stroke of `width` along the points, a limb or a mast, outlined as
-    forms are; a `mark` is one without, a mouth or a stripe."""
+    """One shape of a picture.
+
+    Its kind: a `form` is big and rounded, a `detail` is small and has an outline of its own, a `flat` has none, a
+    `light` glows. A `line` is a stroke of `width` along the points, such as a limb or a mast, outlined as forms are.
+    A `mark` is a stroke without an outline, such as a mouth or a stripe.
+    """
 
     points: np.ndarray
     colour: str
@@ -22,7 +25,7 @@ class Part:
     width: float = 0.0
 
     def placed(self, matrix, offset, scale):
-        """This part under x -> matrix @ x + offset, strokes scaled along."""
+        """This part moved by x -> matrix @ x + offset, with its strokes scaled too."""
         return replace(self, points=self.points @ np.asarray(matrix).T + offset, width=self.width * scale)
 
 

@@ -26,9 +26,9 @@ PLACES = list(palettes.PLACES)
 
 @dataclass(frozen=True)
 class Style:
-    """A way to show a scene: painted, or drawn when there is a pen; in the colours of a palette, tinted."""
+    """A way to show a scene: painted, or drawn where there is a pen, in the tinted colours of a palette."""
 
-    words: str = ""  # what a caption of the base model's own training adds
+    words: str = ""  # what the captions that the base model is trained on add
     pen: Pen | None = None
     ink: bool = False  # the palette: ink's or the base style's
     towards: tuple = (255, 255, 255)
@@ -38,7 +38,7 @@ class Style:
 STYLES = {
     "base": Style(),
     "ink": Style(pen=Pen(palettes.INK_LINE, 3.4, 1.8, cel_shadow=0.15), ink=True),
-    # These the base model knows by name. None is ink, but it learns from them that a picture can have lines or be flat.
+    # The base model knows these by name. None is ink, but they teach it that a picture can have lines or be flat.
     "poster": Style(", flat poster", Pen()),
     "sketch": Style(", pencil sketch", Pen((120, 120, 130), 1.8, 1.4), towards=(250, 250, 252), tint=0.6),
     "chalk": Style(", chalk drawing", Pen((232, 234, 226), 2.4, 1.6), towards=(44, 58, 56), tint=0.5),
@@ -74,13 +74,13 @@ class Scene:
 
 
 def caption(scene):
-    """What is to be seen, never the style: "a red fox in the forest"."""
+    """What the scene shows, and never the style: "a red fox in the forest"."""
     article = "an" if scene.colour[0] in "aeiou" else "a"
     return f"{article} {scene.colour} {scene.subject} {palettes.PLACES[scene.place][0]}"
 
 
 def parse(text):
-    """The scene of a caption; ValueError when it is none of this world's."""
+    """The scene of a caption. Raises ValueError where it is no caption of this world."""
     words = {where: place for place, (where, *_) in palettes.PLACES.items()}
     grammar = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SUBJECTS)}) ({'|'.join(words)})"
     match = re.fullmatch(grammar, text)
@@ -96,21 +96,20 @@ def random_scene(seed):
 
 
 def compose(scene, seed):
-    """Where everything is, the same for every style."""
+    """Where everything is, which is the same in every style."""
     rng = random.Random(f"{scene.subject}|{scene.colour}|{scene.place}|{seed}")
     backdrop, horizon = scenery(scene.place, rng)
     parts = PARTS_OF[scene.subject](rng)
     scale, flip, turn = rng.uniform(0.33, 0.38), rng.choice((-1, 1)), math.radians(rng.uniform(-4, 4))
     x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.57 + rng.uniform(-0.025, 0.025)
-    matrix = (
-        scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ np.diag((flip, 1))
-    )
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    matrix = scale * rotation @ np.diag((flip, 1))
     figure = [part.placed(matrix, (x, y), scale) for part in parts]
     return Composition(backdrop, figure, horizon, shadow=(x, y + 0.95 * scale, 0.8 * scale, 0.11 * scale))
 
 
 def render(scene, style="base", seed=0, size=SIZE):
-    """-> PIL.Image, RGB, size x size: the scene as `style` (one of STYLES) shows it."""
+    """The scene as `style` (one of STYLES) shows it. -> PIL.Image, RGB, size x size"""
     composition = compose(scene, seed)
     style = STYLES[style]
     colours = palettes.palette(scene.colour, scene.place, style.ink)
