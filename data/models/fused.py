@@ -1,14 +1,14 @@
-"""Frozen models with fewer kernels and fewer saved activations; the same function. Skip it on a first reading.
+"""Frozen models that compute the same with fewer kernels and fewer saved activations. Skip it on a first reading.
 
-Three kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth; the last two in its VAE as well:
+Three operations of SDXL's UNet, two of them its VAE's as well, cost more memory traffic than their arithmetic is worth:
 
-    GEGLU          value · gelu(gate), of the two halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
-    group norm     then SiLU (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
+    GEGLU          value · gelu(gate), the two halves of a projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
+    group norm     and the SiLU after it (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
     bias           of a convolution, for which PyTorch reads and writes the whole image once more
 
-Here the first two keep their input alone for the backward, which computes the rest again, and a bias is added by the group
-norm or the addition that reads the image next. With Triton each is one function of our own (triton_kernels.py), images are
-channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
+Here the first two keep only their input for the backward, which computes the rest again, and the bias is added by the
+group norm or the addition that reads the image next. With Triton each is one function of our own (triton_kernels.py).
+Images are channels_last then, because the GPU's convolutions want them so, and nothing is copied to change that.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ from data.common.safe import UserError
 
 
 def fuse(model, compiled):
-    """Swap the modules of a frozen UNet or VAE for those below. compiled: with the kernels in triton_kernels.py."""
+    """Swap modules of a frozen UNet or VAE for those below, which use triton_kernels.py where `compiled`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, GEGLU):
             model.set_submodule(name, FusedGEGLU(module, compiled))
@@ -53,7 +53,7 @@ def fuse(model, compiled):
 
 
 def works(device):
-    """None where Triton can compile for `device`, else the reason why not."""
+    """None where Triton can compile for `device`, else the reason why it cannot."""
     if device.type != "cuda":
         return "there is no GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):  # Triton ended its support of Turing, the T4, with 3.2
@@ -68,7 +68,7 @@ def works(device):
 
 
 def wanted(setting, device):
-    """--compile auto, on or off -> whether to use Triton's kernels. Raises UserError where `on` cannot be."""
+    """Whether to use Triton's kernels under --compile auto, on or off. Raises UserError where `on` is impossible."""
     reason = works(device)
     if reason and setting == "on":
         raise UserError(f"--compile on: {reason}; leave it at auto")
@@ -78,7 +78,7 @@ def wanted(setting, device):
 
 
 class FusedGEGLU(nn.Module):
-    """In place of diffusers' GEGLU."""
+    """Replaces diffusers' GEGLU."""
 
     def __init__(self, geglu, compiled):
         super().__init__()
@@ -89,7 +89,7 @@ class FusedGEGLU(nn.Module):
 
 
 class FusedGroupNorm(nn.Module):
-    """Group norm of x + shift, and SiLU behind it; shift (C,) or (B, C) has no gradient."""
+    """Group norm of x + shift, and SiLU after it where `silu`; shift (C,) or (B, C) has no gradient."""
 
     def __init__(self, norm, silu, compiled):
         super().__init__()
@@ -101,7 +101,7 @@ class FusedGroupNorm(nn.Module):
 
 
 class FusedResnet(nn.Module):
-    """In place of diffusers' ResnetBlock2D, as SDXL configures it."""
+    """Replaces diffusers' ResnetBlock2D, as SDXL configures it."""
 
     def __init__(self, block, compiled):
         super().__init__()
@@ -113,7 +113,7 @@ class FusedResnet(nn.Module):
             self.bias2 = _frozen(self.bias2 + _take_bias(self.conv_shortcut))
 
     def take_bias(self, conv):
-        """Of the convolution that makes this block's x, and nothing else's."""
+        """Add the bias of `conv` here, because `conv` makes this block's x and no other module reads it."""
         self.bias0 = _take_bias(conv)
         self.bias2 = _frozen(self.bias2 + self.conv_shortcut(self.bias0[None, :, None, None]).flatten())
 
@@ -126,7 +126,10 @@ class FusedResnet(nn.Module):
 
 
 class FusedTransformer(nn.Module):
-    """In place of diffusers' Transformer2DModel, as SDXL configures it: a channels_last image is a list of tokens already."""
+    """Replaces diffusers' Transformer2DModel, as SDXL configures it.
+
+    It needs no copy, because a channels_last image is a list of tokens already.
+    """
 
     gradient_checkpointing = False  # both set by the UNet's enable_gradient_checkpointing
     _gradient_checkpointing_func = None
@@ -160,7 +163,7 @@ class _GEGLU(torch.autograd.Function):
 
 
 class _GroupNorm(torch.autograd.Function):
-    """The affine weights are frozen: the input alone has a gradient."""
+    """The affine weights are frozen, so only the input has a gradient."""
 
     @staticmethod
     def forward(ctx, x, shift, weight, bias, groups, eps, silu, kernels):
@@ -187,7 +190,7 @@ class _Add(torch.autograd.Function):
 
 
 class Plain:
-    """The functions and their gradients in PyTorch's kernels."""
+    """The three functions and their gradients by PyTorch's own kernels."""
 
     @staticmethod
     def geglu(p):
@@ -206,7 +209,7 @@ class Plain:
 
     @staticmethod
     def group_norm(x, shift, weight, bias, groups, eps, silu):
-        """x (B, C, h, w) -> y, and for the backward mean and 1/σ (B, groups)"""
+        """x (B, C, h, w) -> y, and what the backward needs: mean and 1/σ, (B, groups) each"""
         x = _shifted(x, shift)
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
         return F.silu(y, inplace=True) if silu else y, mean, rstd
@@ -231,15 +234,15 @@ def _shifted(x, shift):
 
 
 def _take_bias(conv):
-    """The convolution's bias, which it does not have any more."""
+    """The convolution's bias, which is taken away from it."""
     bias, conv.bias = conv.bias, None
     return bias
 
 
 def _without_copy(conv):
-    """In place of the VAE's Downsample2D, which copies the image to put zeros behind its last row and column.
+    """`conv` changed to replace the VAE's Downsample2D, which copies the image to add a last row and column of zeros.
 
-    The same sums with zeros at all four edges and a kernel of 4 × 4 whose first row and column are zero.
+    It makes the same sums with zeros at all four edges and a kernel of 4 × 4 whose first row and column are zero.
     """
     conv.weight = _frozen(F.pad(conv.weight, (1, 0, 1, 0)))
     conv.kernel_size, conv.padding = (4, 4), (1, 1)

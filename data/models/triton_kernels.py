@@ -1,19 +1,19 @@
-"""The same functions as in fused.py, each in one to three kernels of ours; read fused.py first, it says what they compute.
+"""The functions of fused.py, each in one to three kernels of our own. Read fused.py first, it says what they compute.
 
-GEGLU reads its input once. Group norm works on channels_last images, where a pixel's channels lie side by side: sums per
-channel over a stretch of pixels, sums of those per group, then the result, each number read twice and written once.
-All arithmetic is fp32. Sums are made in a fixed order: two runs give the same bits.
+GEGLU reads its input once. Group norm works on channels_last images, where a pixel's channels lie side by side. It sums
+each channel over a stretch of pixels, then those sums over each group, and then computes the result: each number is
+read twice and written once. All arithmetic is fp32. Sums have a fixed order, so that two runs give the same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-NUMBERS = 4096  # of one tile; of two images half as many each
-CHANNELS, SUMMED_CHANNELS = 128, 64  # of one tile
+NUMBERS = 4096  # in a program's tile; half as many of each image where it reads two
+CHANNELS, SUMMED_CHANNELS = 128, 64  # across a tile; the second where sums are made
 PROGRAMS = 512  # about as many as fill a large GPU
-ROWS = 64  # of sums, at once
-COLUMNS = 1024
+ROWS = 64  # of sums that _reduce adds at once
+COLUMNS = 1024  # that a program of _geglu computes
 
 
 def geglu(p):
@@ -31,12 +31,12 @@ def geglu_backward(dy, p):
 
 @triton.jit
 def _geglu(p, y, out, columns, BACKWARD: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = y = value · gelu(gate), or for BACKWARD out = the gradients of (value, gate) for y's gradient y."""
+    """out = value · gelu(gate). For BACKWARD, y holds the gradient of that, and out gets those of (value, gate)."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < columns
     value = tl.load(p + 2 * row * columns + c, inside, 0).to(tl.float32)
     gate = tl.load(p + (2 * row + 1) * columns + c, inside, 0).to(tl.float32)
-    below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # of a standard normal
+    below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # the share of a standard normal below the gate
     if BACKWARD:
         dy = tl.load(y + row * columns + c, inside, 0).to(tl.float32)
         density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
@@ -82,24 +82,24 @@ def group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, eps, sil
 
 
 def _shift(shift):
-    """shift, and how far one image's is from the next one's"""
+    """-> shift, and how far the next image's shift is from this one's"""
     return shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
 
 
 def _sizes(x, groups):
-    """pixels, channels, channels per group"""
+    """-> pixels, channels, channels per group"""
     return x.shape[2] * x.shape[3], x.shape[1], x.shape[1] // groups
 
 
 def _tiles(x, images):
-    """How many tiles cover x, and pixels and channels of one, for a kernel that reads so many images."""
+    """-> how many tiles cover x, and the pixels and channels of one, for a kernel that reads so many `images`"""
     pixels, channels, _ = _sizes(x, 1)
     tall = NUMBERS // CHANNELS // images
     return (triton.cdiv(pixels, tall), triton.cdiv(channels, CHANNELS), len(x)), (tall, CHANNELS)
 
 
 def _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, backward):
-    """Two numbers per image and group, (B, groups) fp32 each: mean and 1/σ, or the two means that the backward subtracts."""
+    """-> mean and 1/σ of each image and group, or the two means that the backward subtracts: (B, groups) fp32 each"""
     pixels, channels, per_group = _sizes(x, groups)
     tall, across = NUMBERS // SUMMED_CHANNELS // (1 + backward), triton.cdiv(channels, SUMMED_CHANNELS)
     stretches = max(1, min(PROGRAMS // (across * len(x)), triton.cdiv(pixels, tall)))
@@ -118,7 +118,7 @@ def _statistics(x, shift, dy, mean, rstd, weight, bias, groups, eps, silu, backw
 
 @triton.jit
 def _load(x, shift, stride, image, at, c, mask, inside):
-    """x + shift, 0 outside"""
+    """x + shift, and 0 outside of the image"""
     v = tl.load(x + at, mask, 0).to(tl.float32)
     if shift is not None:
         v = tl.where(mask, v + tl.load(shift + image * stride + c, inside, 0).to(tl.float32)[None, :], 0)
@@ -127,7 +127,7 @@ def _load(x, shift, stride, image, at, c, mask, inside):
 
 @triton.jit
 def _gradient(x, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """-> x normalised, and the gradient that reaches it"""
+    """-> the normalised x, and the gradient that reaches it"""
     normal = (x - mean) * rstd
     if SILU:
         z = normal * weight + bias
@@ -137,18 +137,34 @@ def _gradient(x, dy, mean, rstd, weight, bias, SILU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "per_group", "stretch"])
-def _sums(x, shift, stride, dy, sums, mean, rstd, weight, bias, pixels, channels, per_group, stretch, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Per channel over one stretch of pixels: Σ x and Σ x², or for BACKWARD Σ g and Σ g x̂."""
+def _sums(
+    x,
+    shift,
+    stride,
+    dy,
+    sums,
+    mean,
+    rstd,
+    weight,
+    bias,
+    pixels,
+    channels,
+    per_group,
+    stretch,
+    SILU: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Σ x and Σ x² of each channel over one stretch of pixels, or for BACKWARD Σ g and Σ g x̂."""
     c, image = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2).to(tl.int64)
     inside = c < channels
     first, second = tl.zeros((PIXELS, CHANNELS), tl.float32), tl.zeros((PIXELS, CHANNELS), tl.float32)
     if BACKWARD:
         group = image * (channels // per_group) + c // per_group
         m, s = tl.load(mean + group, inside, 0)[None, :], tl.load(rstd + group, inside, 0)[None, :]
-        w, b = (
-            tl.load(weight + c, inside, 0).to(tl.float32)[None, :],
-            tl.load(bias + c, inside, 0).to(tl.float32)[None, :],
-        )
+        w = tl.load(weight + c, inside, 0).to(tl.float32)[None, :]
+        b = tl.load(bias + c, inside, 0).to(tl.float32)[None, :]
     for start in range(0, stretch, PIXELS):
         i = tl.program_id(0) * stretch + start + tl.arange(0, PIXELS)
         at = (image * pixels + i[:, None]) * channels + c[None, :]
@@ -165,8 +181,20 @@ def _sums(x, shift, stride, dy, sums, mean, rstd, weight, bias, pixels, channels
 
 
 @triton.jit(do_not_specialize=["per_group", "stretches", "count"])
-def _reduce(sums, first, second, stretches, channels, per_group, count, eps, BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Per group: the mean over its `count` numbers, and 1/σ, or for BACKWARD both means."""
+def _reduce(
+    sums,
+    first,
+    second,
+    stretches,
+    channels,
+    per_group,
+    count,
+    eps,
+    BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The mean over a group's `count` numbers and its 1/σ, or for BACKWARD both means."""
     group, image, j = tl.program_id(0), tl.program_id(1), tl.arange(0, WIDTH)
     a, b = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for start in range(0, stretches, ROWS):
@@ -182,8 +210,27 @@ def _reduce(sums, first, second, stretches, channels, per_group, count, eps, BAC
 
 
 @triton.jit(do_not_specialize=["stride", "per_group"])
-def _apply(x, shift, stride, dy, out, mean, rstd, first, second, weight, bias, pixels, channels, per_group, SILU: tl.constexpr, BACKWARD: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """One tile: y, or for BACKWARD x's gradient."""
+def _apply(
+    x,
+    shift,
+    stride,
+    dy,
+    out,
+    mean,
+    rstd,
+    first,
+    second,
+    weight,
+    bias,
+    pixels,
+    channels,
+    per_group,
+    SILU: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """One tile of y, or for BACKWARD of x's gradient."""
     i, c = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     image, inside = tl.program_id(2).to(tl.int64), c < channels
     group = image * (channels // per_group) + c // per_group
