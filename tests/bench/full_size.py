@@ -1,9 +1,9 @@
 """The whole line at SDXL's full size with random weights, under the memory of a T4: python -m tests.bench.full_size OUT
 
-Makes a pipeline of SDXL's exact shapes (UNet 2,567,463,684 parameters, both CLIPs, VAE; fp16) and 16 pictures in OUT/work,
-then runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds per step and
-picture, and of each stage the peak GiB of GPU memory (reserved) and of RAM (resident, pages of mapped files among them).
-How fast precompute and the training step are is precompute.py's and step.py's.
+Makes a pipeline of SDXL's exact shapes (UNet of 2,567,463,684 parameters, both CLIPs, VAE; fp16) and 16 pictures in
+OUT/work. Then it runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds
+per step and per picture, and for each stage the peak GiB of GPU memory (reserved) and of RAM (resident, which includes
+pages of mapped files). How fast precompute and the training step are is measured by precompute.py and step.py.
 `--toy` does the same with the small pipeline, for a machine without a GPU.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-T4_GIB = 14.56  # what a 16 GB T4 has left for a program
+T4_GIB = 14.56  # what a 16 GB T4 has for a program
 TOY = Path(__file__).parents[2] / "data/toy/pipeline"
 
 UNET = dict(
@@ -65,7 +65,7 @@ CLIP_G = dict(
     hidden_act="gelu",
 )
 
-# Runs a command under the cap and leaves its peaks behind. argv: cap in GiB, file for the peaks, module, its flags
+# Runs a command under the cap and leaves its peaks behind. argv: cap in GiB, file for the peaks, module, its flags.
 CAPPED = """
 import atexit, json, os, pathlib, resource, runpy, sys
 cap, out, module = float(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -88,17 +88,19 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_encoder_2")):
-    """A full-size SDXL with random fp16 weights, in diffusers' layout with fp16 variant names; the toy's tokenizers."""
+    """Write a full-size SDXL with random fp16 weights, in diffusers' layout with fp16 variant names.
+
+    Its tokenizers are the toy's.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    ids = {
-        k: v for k, v in json.loads((TOY / "text_encoder/config.json").read_text()).items() if k.endswith("_token_id")
-    }
+    config = json.loads((TOY / "text_encoder/config.json").read_text())
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
     clip = partial(CLIPTextConfig, vocab_size=49408, max_position_embeddings=77, **ids)
-    parts = {
+    components = {
         "unet": lambda: UNet2DConditionModel(**UNET),
         "vae": lambda: AutoencoderKL(**VAE),
         "text_encoder": lambda: CLIPTextModel(clip(**CLIP_L)),
@@ -106,7 +108,7 @@ def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_enc
     }
     for name in only:
         with torch.device(device):
-            model = parts[name]().half()
+            model = components[name]().half()
         count = sum(p.numel() for p in model.parameters())
         print(f"{name}: {count:,} parameters")
         assert name != "unet" or count == 2_567_463_684
@@ -114,7 +116,10 @@ def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_enc
 
 
 def make_pictures(folder, count, side):
-    """Smooth random pictures with captions, larger than the training size; eight of them, told apart by a number at the end."""
+    """Write `count` smooth random pictures with captions.
+
+    They are copies of eight; the index behind each file's end makes them differ.
+    """
     folder.mkdir(parents=True)
     rng, files = np.random.default_rng(0), []
     for _ in range(min(8, count)):
@@ -124,10 +129,8 @@ def make_pictures(folder, count, side):
     with open(folder / "metadata.jsonl", "w") as metadata:
         for i in range(count):
             (folder / f"{i}.jpg").write_bytes(files[i % 8] + i.to_bytes(4, "big"))
-            metadata.write(
-                json.dumps({"file_name": f"{i}.jpg", "text": f"a picture of kind {i} with a red house in the forest"})
-                + "\n"
-            )
+            text = f"a picture of kind {i} with a red house in the forest"
+            metadata.write(json.dumps({"file_name": f"{i}.jpg", "text": text}) + "\n")
 
 
 def command(work, module, *flags):
@@ -149,9 +152,8 @@ def main():
     work = args.work or args.out / "work"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline, resolution, steps, precision = (TOY, 128, 3, "no") if args.toy else (work / "pipeline", 1024, 20, "fp16")
-    results = dict(
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__, cap_gib=T4_GIB
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    results = dict(device=name, torch=torch.__version__, cap_gib=T4_GIB)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -163,9 +165,8 @@ def main():
 
     run, common = work / "run", ("--output_dir", work / "run")
     what = ("--pretrained_model_name_or_path", pipeline, "--train_data_dir", work / "pictures")
-    printed, facts = command(
-        work, "data.precompute", *common, *what, "--resolution", resolution, "--mixed_precision", precision
-    )
+    how = ("--resolution", resolution, "--mixed_precision", precision)
+    printed, facts = command(work, "data.precompute", *common, *what, *how)
     results["precompute"] = facts | dict(seconds_of_pictures=float(re.search(r"pictures in ([\d.]+) s", printed)[1]))
     how = ("--max_train_steps", steps, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
     _, facts = command(work, "train", *common, *how)

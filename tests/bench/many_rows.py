@@ -2,8 +2,9 @@
 
     python -m tests.bench.many_rows OUT
 
-The rows are real files (small PNGs, captions of their own) and go through the real precompute; only the two encoders are
-replaced by random numbers of the toy's shapes, because time on a CPU is not the question. Writes OUT/many_rows.json.
+The rows are real files (small PNGs, captions of their own) and go through the real precompute. Only the two encoders
+are replaced by random numbers of the toy's shapes, because their time on a CPU is not the question. Writes
+OUT/many_rows.json.
 """
 
 import argparse
@@ -23,23 +24,22 @@ TOY = Path(__file__).parents[2] / "data/toy/pipeline"
 
 
 def resident():
-    """Most memory this process held so far, MB."""
+    """The most memory that this process held so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def make(folder, count):
-    """`count` small PNGs, all different, and their captions."""
+    """Write `count` small PNGs, all different, and their captions."""
     folder.mkdir(parents=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
         for i in range(count):
-            Image.new("RGB", (64, 64), (i % 256, i // 256 % 256, i // 65536)).save(
-                folder / f"{i}.png", compress_level=1
-            )
+            image = Image.new("RGB", (64, 64), (i % 256, i // 256 % 256, i // 65536))
+            image.save(folder / f"{i}.png", compress_level=1)
             metadata.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
 
 
 def precompute(folder, run):
-    """In a process of its own: the real precompute with encoders that draw random numbers. Prints MB and seconds."""
+    """Run the real precompute with encoders that draw random numbers. Prints MB and seconds as JSON."""
     import torch
 
     from data import encoders
@@ -80,7 +80,7 @@ def precompute(folder, run):
 
 
 def read(run):
-    """In a process of its own: open the cache as training does and draw batches."""
+    """Open the cache as training does and draw batches. Prints MB, seconds and milliseconds as JSON."""
     from data.cache import Cache
     from data.common.flags import parse
     from train.batches import Batches
@@ -97,6 +97,13 @@ def read(run):
     print(json.dumps(dict(mb=resident(), mb_before=before, open_s=opened, batch_ms=1000 * float(np.median(times[1:])))))
 
 
+def apart(what, *given):
+    """Call precompute or read in a process of its own, which has held no memory before. -> the JSON that it prints"""
+    code = f"from tests.bench import many_rows; many_rows.{what}({', '.join(map(repr, map(str, given)))})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -109,21 +116,7 @@ def main():
         run.mkdir(parents=True)
         if not folder.exists():
             make(folder, count)
-        results[count] = {
-            what: json.loads(
-                subprocess.run(
-                    [
-                        sys.executable,
-                        "-c",
-                        f"from tests.bench import many_rows; many_rows.{what}({', '.join(map(repr, map(str, given)))})",
-                    ],
-                    check=True,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                ).stdout.splitlines()[-1]
-            )
-            for what, given in (("precompute", (folder, run)), ("read", (run,)))
-        }
+        results[count] = dict(precompute=apart("precompute", folder, run), read=apart("read", run))
         print(count, results[count], flush=True)
     (args.out / "many_rows.json").write_text(json.dumps(results, indent=1))
 

@@ -1,6 +1,7 @@
 """How fast precompute is, against one picture at a time and against the VAE alone: python -m tests.bench.precompute OUT
 
-At SDXL's size with random weights on a GPU, else with the toy's small pipeline (`--toy`). Writes OUT/precompute.json.
+On a GPU it runs at SDXL's size with random weights, else with the toy's small pipeline (`--toy`). Writes
+OUT/precompute.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 
 def seconds(work, least, device):
-    """Median seconds of work() after `least` / 2 seconds of it: a GPU slows down when it has been busy for a second."""
+    """Median seconds of work() in the second half of `least` seconds, because a busy GPU soon slows down."""
     work()
     times, ends = [], time.perf_counter() + least
     while time.perf_counter() < ends or len(times) < 3:
@@ -38,7 +39,7 @@ def seconds(work, least, device):
 
 
 def one_at_a_time(model, precision, pictures, resolution, device):
-    """Images/s of the plain way: for each picture decode, resize, diffusers' VAE, both text encoders, wait."""
+    """Images/s of the plain way: decode and resize a picture, run diffusers' VAE and both text encoders, wait."""
     vae, texts = plain_vae(model, precision, device), TextEncoders(model, precision).load(device)
 
     def encode(data):
@@ -57,7 +58,7 @@ def one_at_a_time(model, precision, pictures, resolution, device):
 
 
 def plain_vae(model, precision, device):
-    """diffusers' own."""
+    """diffusers' own VAE, without cuDNN's search for the fastest kernels."""
     torch.backends.cudnn.benchmark = False
     return load(AutoencoderKL, model.part("vae"), VAE(model, precision).dtype, device)
 
@@ -72,9 +73,8 @@ def vae_alone(model, precision, resolution, device, least):
         else:
             vae, layout = plain_vae(model, precision, device), torch.contiguous_format
         for batch in (1, 2, 4, 8):
-            x = (torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1).to(
-                vae.dtype, memory_format=layout
-            )
+            x = torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1
+            x = x.to(vae.dtype, memory_format=layout)
             with torch.inference_mode():
                 took = seconds(lambda: vae.encode(x).latent_dist.mean, least, device)
             rates[f"{name}, batch {batch}"] = batch / took
@@ -93,15 +93,15 @@ def main():
     work.mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
     args.toy |= device.type == "cpu"
-    name, resolution, precision, counts = (
-        (TOY, 128, "no", (8, 64)) if args.toy else (work / "pipeline", 1024, "fp16", (64, 1088))
-    )
-    if not args.toy:
+    if args.toy:
+        name, resolution, precision, counts = TOY, 128, "no", (8, 64)
+    else:
+        name, resolution, precision, counts = work / "pipeline", 1024, "fp16", (64, 1088)
         make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
     model = Model(str(name), None, None if args.toy else "fp16")
     for count in counts:
         make_pictures(work / str(count), count, resolution * 5 // 4)
-    os.sync()  # or the disk is still writing them when precompute wants it
+    os.sync()  # else the disk would still write them when precompute wants it
     results = dict(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", torch=torch.__version__)
 
     pictures = [path.read_bytes() for path in sorted((work / str(counts[0])).glob("*.jpg"))][:14]
@@ -110,19 +110,13 @@ def main():
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    # Two sizes of data, the first one once more to warm up: what loading costs falls out of the difference.
+    # Few pictures and many, whose difference leaves out what loading costs. The few come twice: once to warm up.
     took = {}
     for run, count in enumerate((counts[0], *counts)):
-        flags = [
-            "--output_dir",
-            work / f"run{run}",
-            "--pretrained_model_name_or_path",
-            name,
-            "--train_data_dir",
-            work / str(count),
-        ]
+        flags = ["--output_dir", work / f"run{run}", "--train_data_dir", work / str(count), "--resolution", resolution]
+        flags += ["--pretrained_model_name_or_path", name, "--mixed_precision", precision]
         began = time.perf_counter()
-        precompute([*map(str, flags), "--resolution", str(resolution), "--mixed_precision", precision])
+        precompute([str(word) for word in flags])
         took[count] = time.perf_counter() - began
     results["precompute"] = (counts[1] - counts[0]) / (took[counts[1]] - took[counts[0]])
     results["precompute_seconds"] = took

@@ -1,9 +1,10 @@
-"""make bench: a training step against the reference arrangement, under budgets of GPU memory: python -m tests.bench.step OUT
+"""A training step against the reference, under budgets of GPU memory: make bench, or python -m tests.bench.step OUT
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known trainer
 amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's lines run
-in one process, ours in another, --deterministic in its own; "buckets" is ours with batches of all shapes about 1024² in turn.
-Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes OUT/step.json.
+in one process, ours in another, --deterministic in its own. "buckets" is ours with batches of all buckets of about
+1024² in turn. Without a GPU a small UNet runs, which shows that the benchmark works and nothing else. Writes
+OUT/step.json.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from tests.bench.full_size import TOY, make_pipeline
 from train.batches import Batches
 from train.loop import setup
 
-TFLOP = 13.6  # per sample: forward, and the backward that frozen weights still need
+TFLOP = 13.6  # for each sample: the forward, and the backward that frozen weights still need
 BUDGETS = (24, 14.56, 11, 8, 6.5)
 SLOTS, STEPS = 4, 8
 
@@ -46,7 +47,7 @@ def apart(function, *args):
 
 
 def make_cache(folder, pipeline, sizes):
-    """A finished cache of random numbers in the shapes of the model's UNet: eight rows of each of `sizes`, (height, width)."""
+    """Write a finished cache of random numbers for the model's UNet: eight rows for each bucket of `sizes`."""
     config, rng, rows = json.loads((Path(pipeline) / "unet/config.json").read_text()), np.random.default_rng(0), 8
     text = (77, config["cross_attention_dim"])
     pooled = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
@@ -60,26 +61,17 @@ def make_cache(folder, pipeline, sizes):
     index["picture"] = index["mirrored"] = index["caption"] = range(rows)
     index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*size, 0, 0, *size)] for size in sizes])
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, sizes)))
-    facts |= dict(
-        scaling_factor=0.13, sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled, unconditional=0
-    )
+    facts |= dict(sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled)
+    facts |= dict(scaling_factor=0.13, unconditional=0)
     write_index(folder, index.ravel(), [str(i) for i in range(index.size)], facts)
 
 
 def ours(work, cuda, batch, *flags):
-    """-> one optimizer step of the real trainer, one micro-step of it, and facts about it"""
-    precision, rank = ("fp16", "32") if cuda else ("no", "4")
-    flags = [
-        "--output_dir",
-        str(work),
-        "--train_batch_size",
-        str(batch),
-        "--use_8bit_adam",
-        "--rank",
-        rank,
-        *map(str, flags),
-    ]
-    settings = parse("train", [*flags, "--mixed_precision", precision, "--gradient_accumulation_steps", str(SLOTS)])
+    """-> functions for one step and one micro-step of the real trainer, and facts about it"""
+    precision, rank = ("fp16", 32) if cuda else ("no", 4)
+    flags = ["--output_dir", work, "--train_batch_size", batch, "--use_8bit_adam", "--rank", rank, *flags]
+    flags += ["--mixed_precision", precision, "--gradient_accumulation_steps", SLOTS]
+    settings = parse("train", [str(word) for word in flags])
     run, losses = setup(settings, work), []
     micro_batches = run.batches.ahead(0)
 
@@ -98,7 +90,7 @@ def ours(work, cuda, batch, *flags):
 
 
 def reference(work, cuda, batch):
-    """diffusers, peft, autocast, every block recomputed, AdamW8bit: one optimizer step of 4 micro-steps."""
+    """-> the same functions of diffusers with peft, autocast, every block recomputed, AdamW8bit; no facts"""
     import bitsandbytes
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
@@ -146,7 +138,7 @@ def reference(work, cuda, batch):
 
 
 def kernels(micro_step):
-    """-> milliseconds that one micro-step's GPU kernels take, and the 30 that take most of it: (ms, calls, name)"""
+    """-> the milliseconds that one micro-step's GPU kernels take, and the 30 that take most: (ms, calls, name)"""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -162,12 +154,12 @@ def kernels(micro_step):
 
 
 def measure(work, kind, batch, attention, flags):
-    """One line of the table. -> its figures, or what refused it"""
+    """Measure one line of the table. -> its figures, or the reason why it was refused"""
     cuda, began = torch.cuda.is_available(), time.perf_counter()
-    Model.public_name = lambda self: "random"  # not seconds of hashing random weights
-    efficient = (
-        sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if attention == "efficient" and cuda else contextlib.nullcontext()
-    )
+    Model.public_name = lambda self: "random"  # saves the seconds that hashing random weights takes
+    efficient = contextlib.nullcontext()
+    if attention == "efficient" and cuda:
+        efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
     with efficient, contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             if kind == "reference":
@@ -186,19 +178,17 @@ def measure(work, kind, batch, attention, flags):
             facts.setdefault("seconds_to_first_step", time.perf_counter() - began)
         facts["wall_ms"] = statistics.median(times[2:])
         if cuda:
-            facts["peak_gib"], facts["allocated_gib"] = (
-                f() / 2**30 for f in (torch.cuda.max_memory_reserved, torch.cuda.max_memory_allocated)
-            )
-            free, total = (
-                torch.cuda.mem_get_info()
-            )  # what is not the allocator's: CUDA itself, its libraries, recorded graphs
+            facts["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            facts["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            free, total = torch.cuda.mem_get_info()
+            # What is not the allocator's: CUDA itself, its libraries, captured graphs.
             facts["outside_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
             facts["kernel_ms"], facts["kernels"] = kernels(micro_step)
     return facts | dict(plan=printed.getvalue().strip())
 
 
 def measure_all(work, out, results, lines):
-    """Measure `lines` one after the other, what one held given back before the next; `out` is written after each."""
+    """Measure `lines` in turn. Memory is given back after each, and `out` is written again."""
     for kind, batch, attention, *flags in lines:
         facts = measure(work, kind, int(batch), attention, flags)
         gc.collect()
@@ -213,7 +203,7 @@ def measure_all(work, out, results, lines):
 
 
 def matmul_tflops():
-    """What a plain fp16 product reaches here."""
+    """TFLOP/s that a plain fp16 matrix product reaches here."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
     times = []
     for _ in range(20):
@@ -227,7 +217,7 @@ def matmul_tflops():
 
 
 def machine(work):
-    """Make what is measured. -> facts about the machine"""
+    """Make the models and caches that are measured. -> facts about the machine"""
     if not torch.cuda.is_available():
         make_cache(work / "cache", TOY, [(128, 128)])
         make_cache(work / "buckets" / "cache", TOY, sizes(128, True))
@@ -239,14 +229,13 @@ def machine(work):
 
 
 def gradient_cosine(work):
-    """Cosine of the fp16 gradient with the fp32 one, of one micro-batch, B not zero."""
+    """Cosine of one micro-batch's fp16 gradient with its fp32 one; B is not zero, so that A has a gradient too."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     Model.public_name = lambda self: "random"
     gradients = []
     for precision in ("no", "fp16"):
-        settings = parse(
-            "train", ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]
-        )
+        flags = ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]
+        settings = parse("train", flags)
         run = setup(settings, work)
         for _, B in run.adapters.projections().values():
             B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -258,12 +247,16 @@ def gradient_cosine(work):
     return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
 
 
+def process(line):
+    """What names the process of a line: lines of one kind share one, --deterministic has its own."""
+    return line.split("@")[0], "--deterministic" in line
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--lines", nargs="+", help="kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all"
-    )
+    example = "kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all"
+    parser.add_argument("--lines", nargs="+", help=example)
     args = parser.parse_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     work = args.out / "work"
@@ -277,15 +270,11 @@ def main():
         lines = [f"{line}@default" for line in ("reference@1", "reference@4")] + ["reference@1@efficient"]
         lines += [f"ours@{batch}@default@--vram_gib={budget}" for batch in (1, 4) for budget in BUDGETS]
         lines += ["ours@1@efficient@--vram_gib=24"]
-        lines += [
-            f"ours@1@default@--vram_gib=24@{flag}"
-            for flag in ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")
-        ]
+        others = ("--compile=off", "--no_cuda_graph", "--no_cuda_graph", "--deterministic")
+        lines += [f"ours@1@default@--vram_gib=24@{flag}" for flag in others]
         lines += ["buckets@1@default@--vram_gib=14.56"]
-    for _, of_process in itertools.groupby(
-        args.lines or lines, lambda line: (line.split("@")[0], "--deterministic" in line)
-    ):
-        results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in of_process])
+    for _, together in itertools.groupby(args.lines or lines, process):
+        results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in together])
     if results["device"] != "cpu" and not args.lines:
         results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
         print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
@@ -295,21 +284,10 @@ def main():
 
 
 def print_table(results):
-    """Markdown. × is how many times less than the reference with the same batch and attention."""
+    """Print a table in Markdown. × is how many times less than the reference with the same batch and attention."""
     base = {(line["batch"], line["attention"]): line for line in results["lines"] if line["kind"] == "reference"}
-    columns = (
-        "arrangement",
-        "batch",
-        "attention",
-        "wall ms",
-        "×",
-        "kernel ms",
-        "×",
-        "peak GiB",
-        "TFLOP/s",
-        "of a matmul",
-    )
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    columns = "| arrangement | batch | attention | wall ms | × | kernel ms | × | peak GiB | TFLOP/s | of a matmul |"
+    print(f"\n{columns}\n" + "|---" * (columns.count("|") - 1) + "|")
     for line in results["lines"]:
         name = " ".join(filter(None, [line["kind"], line["flags"]]))
         if "refused" in line:
@@ -319,16 +297,12 @@ def print_table(results):
             name += f", {line['recomputed']} blocks recomputed"
         cells, against = [name, line["batch"], line["attention"]], base.get((line["batch"], line["attention"]), {})
         for what in ("wall_ms", "kernel_ms"):
-            cells += [
-                f"{line[what]:.1f}" if what in line else "",
-                f"{against[what] / line[what]:.2f}" if what in against else "",
-            ]
+            cells.append(f"{line[what]:.1f}" if what in line else "")
+            cells.append(f"{against[what] / line[what]:.2f}" if what in against else "")
         rate = TFLOP * line["batch"] / line["wall_ms"] * 1000
-        cells += [
-            f"{line['peak_gib']:.2f}" if "peak_gib" in line else "",
-            f"{rate:.0f}" if results["matmul_tflops"] else "",
-        ]
-        cells += [f"{rate / results['matmul_tflops']:.0%}" if results["matmul_tflops"] else ""]
+        cells.append(f"{line['peak_gib']:.2f}" if "peak_gib" in line else "")
+        cells.append(f"{rate:.0f}" if results["matmul_tflops"] else "")
+        cells.append(f"{rate / results['matmul_tflops']:.0%}" if results["matmul_tflops"] else "")
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
