@@ -16,9 +16,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # here and in every command: the tensors are small, and threads only wait for each other
-)
+# Here and in every command one thread, because the tensors are small and more would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
@@ -33,9 +32,8 @@ from lora.inject import inject
 from tests.bench.full_size import UNET as SDXL  # its published configuration
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
-tqdm.set_lock(
-    threading.RLock()
-)  # tqdm's own is shared with forked processes: one killed inside it would hold it for ever
+# tqdm's own lock is shared with forked processes: one that is killed inside it would hold it for ever.
+tqdm.set_lock(threading.RLock())
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
@@ -76,14 +74,14 @@ def sdxl_unet():
 
 
 def narrow_sdxl_unet():
-    """All of SDXL's layers under their names, a twentieth as wide, with memory."""
+    """All of SDXL's layers under their names, about a tenth as wide, with memory."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**SDXL | NARROW)
 
 
 def unet_inputs(batch=2, side=8, seed=0, dtype=torch.float32):
-    """Random inputs of the toy's UNet, (positional, keyword), of the widths that its config asks for."""
+    """Random inputs of the toy's UNet, (positional, keyword), in the widths that its config asks for."""
     config = json.loads((PIPELINE / "unet" / "config.json").read_text())
     pooled_width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     g = torch.Generator().manual_seed(seed)
@@ -92,9 +90,8 @@ def unet_inputs(batch=2, side=8, seed=0, dtype=torch.float32):
     text = torch.randn(batch, 77, config["cross_attention_dim"], generator=g)
     pooled = torch.randn(batch, pooled_width, generator=g)
     time_ids = torch.tensor([[300, 200, 0, 32, 128, 128]] * batch)
-    return (xt.to(dtype), t, text.to(dtype)), dict(
-        added_cond_kwargs=dict(text_embeds=pooled.to(dtype), time_ids=time_ids)
-    )
+    condition = dict(text_embeds=pooled.to(dtype), time_ids=time_ids)
+    return (xt.to(dtype), t, text.to(dtype)), dict(added_cond_kwargs=condition)
 
 
 def predict(unet, inputs):
@@ -103,7 +100,7 @@ def predict(unet, inputs):
 
 
 def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05):
-    """Adapters with a B that is not zero, so that the update shows; alpha is not rank, so that a lost factor does too."""
+    """Adapters whose B is not zero, so that the update shows; alpha is not rank, so that a lost factor shows too."""
     adapters = inject(unet, rank, alpha, seed)
     g = torch.Generator().manual_seed(seed + 1)
     for _, B in adapters.projections().values():
@@ -113,7 +110,7 @@ def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05):
 
 
 def add_gradients(adapters, loss):
-    """One backward, as the loop does it."""
+    """One backward as the loop does it."""
     adapters.add_gradients(torch.autograd.grad(loss, adapters.parameters))
 
 
@@ -121,21 +118,15 @@ def add_gradients(adapters, loss):
 
 
 def settings(command, **values):
-    """The command's settings as its flags would give them, its required ones empty where not given."""
+    """The command's settings as its flags would give them; a required one that is not given is empty."""
     kind = flags.COMMANDS[command]
     return kind(**{f.name: "" for f in fields(kind) if f.default is MISSING} | values)
 
 
 def start(*argv, **popen):
-    """python -m argv in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, argv)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **popen,
-    )
+    """Start python -m argv in a process of its own."""
+    argv = [sys.executable, "-m", *map(str, argv)]
+    return subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)
 
 
 def command(*argv, code=0, **popen):
@@ -208,7 +199,7 @@ def main_of(name):
 
 
 def here(name, *argv):
-    """One of the commands in this process; what it refuses is raised. Signals are put back as they were."""
+    """Run one of the commands in this process. What it refuses is raised; signal handlers are put back afterwards."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         main_of(name)([str(word) for word in argv])
@@ -218,7 +209,7 @@ def here(name, *argv):
 
 
 def when(happened, process, seconds=120):
-    """Wait until happened() is true; a process that does not get there is ended."""
+    """Wait until happened() is true. A process that does not get there is killed."""
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
@@ -228,35 +219,16 @@ def when(happened, process, seconds=120):
 
 
 def lines(path):
-    """Whole lines of a file that is being written, 0 while it is not there."""
+    """How many whole lines a file has that is being written; 0 while it is not there."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 PICTURES = 8
 PRECOMPUTE = ("--pretrained_model_name_or_path", PIPELINE, "--resolution", 64, "--mixed_precision", "no")
 STEPS = 6
-TRAIN = (
-    "--rank",
-    4,
-    "--lora_alpha",
-    6,
-    "--train_batch_size",
-    2,
-    "--gradient_accumulation_steps",
-    2,
-    "--learning_rate",
-    1e-2,
-)
-TRAIN += (
-    "--mixed_precision",
-    "no",
-    "--max_train_steps",
-    STEPS,
-    "--checkpointing_steps",
-    2,
-    "--proportion_empty_prompts",
-    0.2,
-)
+TRAIN = ("--rank", 4, "--lora_alpha", 6, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+TRAIN += ("--learning_rate", 1e-2, "--mixed_precision", "no", "--proportion_empty_prompts", 0.2)
+TRAIN += ("--max_train_steps", STEPS, "--checkpointing_steps", 2)
 PROMPTS = ("a red fox in the forest", "a blue bird in the snow")
 TOKEN = "hf_notASecretButASentinel0123456789"
 
@@ -288,7 +260,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, pictures):
-    """precompute, train, infer: one small run for all tests that only look."""
+    """One small run through precompute, train and infer, for all tests that only look at it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     env = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
     return Run(
@@ -327,7 +299,7 @@ def content(folder):
 
 
 def change_cache(run, index=lambda index: index, **values):
-    """As precompute would have written it: with index(the index), and `values` in the manifest."""
+    """Write the cache again as precompute would, with index(the index) and with `values` in the manifest."""
     records, names = read_index(run / "cache")
     write_index(run / "cache", index(records), names, read_manifest(run / "cache") | values)
 
@@ -340,7 +312,7 @@ def edit_captions(source, change):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Two rows at a time, each time committed, so that eight pictures have a middle."""
+    """Two rows at a time, committed each time, so that eight pictures have a middle."""
     monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
     monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
     monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
@@ -361,10 +333,15 @@ def done(monkeypatch):
 
     done = dict(captions=[], pictures=[])
     captions, start = TextEncoders._start, VAE._start
-    monkeypatch.setattr(
-        TextEncoders, "_start", lambda self, some: (done["captions"].extend(some), captions(self, some))[1]
-    )
-    monkeypatch.setattr(
-        VAE, "_start", lambda self, pixels: (done["pictures"].extend(pixels.numpy()), start(self, pixels))[1]
-    )
+
+    def start_captions(self, some):
+        done["captions"].extend(some)
+        return captions(self, some)
+
+    def start_pictures(self, pixels):
+        done["pictures"].extend(pixels.numpy())
+        return start(self, pixels)
+
+    monkeypatch.setattr(TextEncoders, "_start", start_captions)
+    monkeypatch.setattr(VAE, "_start", start_pictures)
     return done

@@ -19,9 +19,10 @@ def test_the_packages_here_are_those_that_were_tested():
     assert {"torch", "diffusers", "bitsandbytes"} <= check.packages().keys()
 
 
-@pytest.mark.parametrize(
-    "version, message", [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is <0.43,>=0.42.1")]
-)
+VERSIONS = [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is <0.43,>=0.42.1")]
+
+
+@pytest.mark.parametrize("version, message", VERSIONS)
 def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version, message, monkeypatch):
     real = importlib.metadata.version
 
@@ -38,7 +39,7 @@ def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version
 
 
 def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
-    """A T4 emulates it, at a tenth of the speed."""
+    """A T4 emulates bf16, at a tenth of the speed."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(UserError, match="--mixed_precision bf16: Tesla T4 has none; use fp16"):
@@ -49,22 +50,19 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
 
 def test_eight_bit_adam_without_bitsandbytes_is_refused_before_the_model_is_loaded(fresh, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
-    )
+    find_spec = lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     monkeypatch.setattr("train.loop.load_unet", None)
-    with pytest.raises(
-        UserError, match="--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave"
-    ):
+    message = "--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave"
+    with pytest.raises(UserError, match=message):
         here("train", "--output_dir", fresh, *TRAIN, "--use_8bit_adam")
 
 
 def test_a_disk_too_small_for_what_a_run_saves_is_said_before_its_first_step(fresh, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
-    with pytest.raises(
-        MachineError, match=r"what the run will save \(states and weights\) needs \d+ MiB in .*, where 1 MiB are free"
-    ):
+    message = r"what the run will save \(states and weights\) needs \d+ MiB in .*, where 1 MiB are free"
+    with pytest.raises(MachineError, match=message):
         here("train", "--output_dir", fresh, *TRAIN)
     assert not (fresh / "metrics.jsonl").exists()
 

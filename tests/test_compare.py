@@ -45,15 +45,12 @@ def same(a, b):
 def test_the_update_shows_and_the_command_equals_the_function(run, trained):
     """What python -m infer wrote for the session's run, drawn again here: the same pixels; base and LoRA differ."""
     again, first = compare(trained, *PROMPTS), pictures(run.folder)
-    assert (
-        set(again)
-        == set(first)
-        == {"baseline_0.png", "baseline_1.png", "finetuned_0.png", "finetuned_1.png", "grid.png"}
-    )
+    names = {"baseline_0.png", "baseline_1.png", "finetuned_0.png", "finetuned_1.png", "grid.png"}
+    assert set(again) == set(first) == names
     assert all(same(again[name], first[name]) for name in first)
     assert not same(first["baseline_0.png"], first["finetuned_0.png"])
     assert not same(first["baseline_0.png"], first["baseline_1.png"])
-    assert first["baseline_0.png"].shape == (64, 64, 3)  # the size the cache was made at
+    assert first["baseline_0.png"].shape == (64, 64, 3)  # the cache's resolution
 
 
 @pytest.mark.slow
@@ -61,20 +58,18 @@ def test_other_prompts_beside_it_change_no_pixel(run, trained):
     """Noise from one generator for all would make every picture depend on the order of the prompts."""
     first, turned = pictures(run.folder), compare(trained, "something else", *PROMPTS[::-1])
     for kind in ("baseline", "finetuned"):
-        assert same(turned[f"{kind}_2.png"], first[f"{kind}_0.png"]) and same(
-            turned[f"{kind}_1.png"], first[f"{kind}_1.png"]
-        )
+        assert same(turned[f"{kind}_2.png"], first[f"{kind}_0.png"])
+        assert same(turned[f"{kind}_1.png"], first[f"{kind}_1.png"])
 
 
 def test_lora_scale(run, trained):
-    """0 is the base bit for bit; a half is something else than the whole."""
+    """0 is the base bit for bit; a half is something else than the whole update."""
     zero = compare(trained, PROMPTS[0], lora_scale=0)
     assert same(zero["baseline_0.png"], zero["finetuned_0.png"]) and report(trained)["mean_pixel_change"] == [0]
     half = compare(trained, PROMPTS[0], lora_scale=0.5)
     first = pictures(run.folder)
-    assert same(half["baseline_0.png"], first["baseline_0.png"]) and not same(
-        half["finetuned_0.png"], first["finetuned_0.png"]
-    )
+    assert same(half["baseline_0.png"], first["baseline_0.png"])
+    assert not same(half["finetuned_0.png"], first["finetuned_0.png"])
 
 
 @pytest.mark.slow
@@ -85,7 +80,7 @@ def test_negative_prompt_seed_and_guidance_change_pictures(run, trained):
 
 
 def test_pictures_equal_diffusers_own_pipeline(run, trained):
-    """The whole of it, prompts to pixels: base plain, LoRA through load_lora_weights, from the same noise."""
+    """From prompts to pixels, from the same noise: the base as it is, the LoRA through load_lora_weights."""
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(PIPELINE, dtype=torch.float32, add_watermarker=False)
@@ -94,10 +89,8 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
         if name == "finetuned":
             pipeline.load_lora_weights(run.folder / "lora.safetensors")
         for i, prompt in enumerate(PROMPTS):
-            start = noise(42, prompt, (4, 8, 8))
-            theirs = pipeline(
-                prompt, latents=start, height=64, width=64, num_inference_steps=2, guidance_scale=5.0
-            ).images[0]
+            how = dict(height=64, width=64, num_inference_steps=2, guidance_scale=5.0)
+            theirs = pipeline(prompt, latents=noise(42, prompt, (4, 8, 8)), **how).images[0]
             assert difference(theirs, Image.open(run.folder / "compare" / f"{name}_{i}.png")) < 0.1
 
 
@@ -105,12 +98,8 @@ def test_pictures_equal_diffusers_own_pipeline(run, trained):
 def test_pictures_of_an_earlier_call_with_more_prompts_go(trained):
     compare(trained, "one", "two", num_inference_steps=1)
     (trained / "compare" / "notes.png").write_bytes((trained / "compare" / "grid.png").read_bytes())
-    assert set(compare(trained, "one", num_inference_steps=1)) == {
-        "baseline_0.png",
-        "finetuned_0.png",
-        "grid.png",
-        "notes.png",
-    }
+    left = {"baseline_0.png", "finetuned_0.png", "grid.png", "notes.png"}
+    assert set(compare(trained, "one", num_inference_steps=1)) == left
 
 
 def test_the_report(run):
@@ -176,9 +165,8 @@ def test_a_lora_of_another_base_is_said(run, trained, tmp_path, capsys):
 def test_a_weights_file_can_be_named(run, trained):
     earlier = compare(trained, PROMPTS[0], lora_path=run.folder / "lora-000002.safetensors")
     first = pictures(run.folder)
-    assert same(earlier["baseline_0.png"], first["baseline_0.png"]) and not same(
-        earlier["finetuned_0.png"], first["finetuned_0.png"]
-    )
+    assert same(earlier["baseline_0.png"], first["baseline_0.png"])
+    assert not same(earlier["finetuned_0.png"], first["finetuned_0.png"])
     with pytest.raises(UserError, match="nothing.safetensors: no such file"):
         compare(trained, PROMPTS[0], lora_path="nothing.safetensors")
 
@@ -187,9 +175,8 @@ def test_a_weights_file_can_be_named(run, trained):
 def test_no_line_of_the_grid_is_wider_than_its_cell_and_no_letter_is_lost(text):
     font = ImageFont.load_default(size=17)
     lines = _wrap(text, font)
-    assert all(0 < font.getlength(line) <= CELL for line in lines) and "".join(lines).replace(" ", "") == text.replace(
-        " ", ""
-    )
+    assert all(0 < font.getlength(line) <= CELL for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
@@ -199,7 +186,7 @@ def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
 
 
 def test_the_grid_holds_every_picture_at_its_place():
-    """Base above, LoRA below, in the order of the prompts; more than eight wrap."""
+    """Base is above and LoRA below, in the order of the prompts; more than eight wrap."""
     colours = [(20 * i, 255 - 20 * i, 7) for i in range(10)]
     rows = {
         "base": [Image.new("RGB", (64, 64), c) for c in colours],

@@ -1,4 +1,4 @@
-"""The diffusion half against diffusers' DDPMScheduler, and each formula against what it means."""
+"""The formulas of diffusion against diffusers' DDPMScheduler, and each against what it means."""
 
 import numpy as np
 import pytest
@@ -28,15 +28,14 @@ def example(B=64, seed=0):
 def test_noise_and_targets_equal_diffusers(name):
     """A schedule, a square root or a sign that differs would teach the model another process than its own."""
     theirs = DDPMScheduler(**CONFIGS[name])
-    signal = diffusion.noise_schedule(CONFIGS[name])
+    alpha_bar = diffusion.noise_schedule(CONFIGS[name])
     x0, eps, t = example()
     close = dict(rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(signal, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(diffusion.add_noise(x0, eps, t, signal), theirs.add_noise(x0, eps, t), **close)
-    torch.testing.assert_close(
-        diffusion.target(x0, eps, t, signal, "v_prediction"), theirs.get_velocity(x0, eps, t), **close
-    )
-    assert diffusion.target(x0, eps, t, signal, "epsilon") is eps
+    torch.testing.assert_close(alpha_bar, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(diffusion.add_noise(x0, eps, t, alpha_bar), theirs.add_noise(x0, eps, t), **close)
+    velocity = diffusion.target(x0, eps, t, alpha_bar, "v_prediction")
+    torch.testing.assert_close(velocity, theirs.get_velocity(x0, eps, t), **close)
+    assert diffusion.target(x0, eps, t, alpha_bar, "epsilon") is eps
 
 
 def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise():
@@ -45,17 +44,14 @@ def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise():
     torch.testing.assert_close(rescaled[0], plain[0])
 
 
-SIGMAS = dict(num_train_timesteps=1000, sigma_min=0.002, sigma_max=80.0)  # EDM's: no betas at all
+UNKNOWN = [
+    (SDXL | dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
+    (SDXL | dict(trained_betas=[0.1]), "trained_betas"),
+    (dict(num_train_timesteps=1000, sigma_min=0.002, sigma_max=80.0), "None"),  # EDM's, which has no betas at all
+]
 
 
-@pytest.mark.parametrize(
-    "config, name",
-    [
-        (SDXL | dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
-        (SDXL | dict(trained_betas=[0.1]), "trained_betas"),
-        (SIGMAS, "None"),
-    ],
-)
+@pytest.mark.parametrize("config, name", UNKNOWN)
 def test_a_schedule_that_is_not_known_is_refused(config, name):
     with pytest.raises(UserError, match=f"noise schedule {name} is none of scaled_linear, linear"):
         diffusion.noise_schedule(config)
@@ -67,36 +63,34 @@ def test_a_prediction_type_that_is_not_known_is_refused():
         diffusion.target(x0, eps, t, diffusion.noise_schedule(SDXL), "sample")
 
 
-@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(predicts, gamma):
+def test_min_snr_weighs_the_clean_pictures_error_by_min_snr_gamma(prediction_type, gamma):
     """What the paper defines (eq. 7): min(snr, gamma) · |x0 - x̂0|², with x̂0 solved from the prediction, in fp64."""
-    signal = diffusion.noise_schedule(SDXL)
+    alpha_bar = diffusion.noise_schedule(SDXL)
     x0, eps, t = example()
-    wanted = diffusion.target(x0, eps, t, signal, predicts)
+    wanted = diffusion.target(x0, eps, t, alpha_bar, prediction_type)
     guess = wanted + 0.1 * torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    weight = diffusion.loss_weight(t, signal, predicts, gamma)
+    weight = diffusion.loss_weight(t, alpha_bar, prediction_type, gamma)
 
     a = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[t.numpy()].reshape(-1, 1, 1, 1)
     clean, noise, output = (p.double().numpy() for p in (x0, eps, guess))
     noisy = a**0.5 * clean + (1 - a) ** 0.5 * noise
-    recovered = (
-        (noisy - (1 - a) ** 0.5 * output) / a**0.5
-        if predicts == "epsilon"
-        else a**0.5 * noisy - (1 - a) ** 0.5 * output
-    )
+    if prediction_type == "epsilon":
+        recovered = (noisy - (1 - a) ** 0.5 * output) / a**0.5
+    else:
+        recovered = a**0.5 * noisy - (1 - a) ** 0.5 * output
     errors = ((clean - recovered) ** 2).mean((1, 2, 3)) * np.minimum(a / (1 - a), gamma).ravel()
     ours = [diffusion.loss(guess[i : i + 1], wanted[i : i + 1], weight[i : i + 1]).item() for i in range(len(t))]
     np.testing.assert_allclose(ours, errors, rtol=2e-3)
 
 
-@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
-def test_min_snr_is_finite_where_nothing_of_the_picture_is_left(predicts):
-    """At zero terminal SNR's last step, min(0, gamma) / 0."""
-    weight = diffusion.loss_weight(
-        torch.tensor([999]), diffusion.noise_schedule(CONFIGS["zero terminal snr"]), predicts, 5.0
-    )
-    assert weight == (1 if predicts == "epsilon" else 0)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_is_finite_where_nothing_of_the_picture_is_left(prediction_type):
+    """At the last timestep of zero terminal SNR the weight would be min(0, gamma) / 0."""
+    alpha_bar = diffusion.noise_schedule(CONFIGS["zero terminal snr"])
+    weight = diffusion.loss_weight(torch.tensor([999]), alpha_bar, prediction_type, 5.0)
+    assert weight == (1 if prediction_type == "epsilon" else 0)
 
 
 def test_without_gamma_every_sample_weighs_one():
@@ -105,17 +99,16 @@ def test_without_gamma_every_sample_weighs_one():
 
 
 def test_loss_is_the_weighted_mean_in_fp32():
-    """Summed in fp16, a picture of 65,536 numbers with an error of 1.5 would overflow."""
+    """In fp16 the sum over a picture of 65,536 numbers with an error of 1.5 would overflow."""
     prediction, wanted = torch.full((2, 4, 128, 128), 300.0).half(), torch.zeros(2, 4, 128, 128).half()
     assert diffusion.loss(prediction, wanted, torch.ones(2)).item() == pytest.approx(300.0**2)
     x = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
-    assert diffusion.loss(x, torch.zeros_like(x), torch.tensor([2.0, 0.5])).item() == pytest.approx(
-        (2 * 1 + 0.5 * 9) / 2
-    )
+    weighted = diffusion.loss(x, torch.zeros_like(x), torch.tensor([2.0, 0.5]))
+    assert weighted.item() == pytest.approx((2 * 1 + 0.5 * 9) / 2)
 
 
 def test_posterior_draws_have_the_posteriors_mean_and_deviation():
-    """A frozen mean in place of a draw, or a scaling factor on one of the two alone, would show."""
+    """The mean instead of a draw, or a scaling factor on only one of the two, would show."""
     mean, std = torch.tensor([1.5, -2.0]).view(1, 2, 1, 1), torch.tensor([0.5, 3.0]).view(1, 2, 1, 1)
     noise = torch.randn(100_000, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     draws = diffusion.sample_posterior(mean, std, noise, 0.13025)

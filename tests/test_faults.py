@@ -1,6 +1,7 @@
-"""What must not go wrong, tried on real processes: killed and signalled at bad moments, on full disks, among a user's own files.
+"""What must not go wrong, tried on real processes.
 
-Beside the tests of each source file, which try what one function can show.
+They are killed and signalled at bad moments, meet full disks, and work among a user's own files. The tests of each
+source file try what a single function can show.
 """
 
 import collections
@@ -52,7 +53,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
-import infer.compare  # and train.loop: imported before the processes are forked, or each would do it again
+import infer.compare  # this and train.loop before the processes are forked, or each would import them again
 import train.loop  # noqa: F401
 from data.cache import Cache
 from data.common.safe import UserError
@@ -108,7 +109,7 @@ def vector(run, step):
 
 
 def same_run(one, other):
-    """Bit for bit: the exported weights, the fp32 numbers behind them, the losses on the way."""
+    """Equal bit for bit: the exported weights, the fp32 vector behind them, the losses on the way."""
     digests = [hashlib.sha256((run / "lora.safetensors").read_bytes()).hexdigest() for run in (one, other)]
     assert digests[0] == digests[1]
     assert [(m["step"], m["loss"]) for m in metrics(one)] == [(m["step"], m["loss"]) for m in metrics(other)]
@@ -116,7 +117,7 @@ def same_run(one, other):
 
 
 def assert_whole(run):
-    """Whatever has its final name is not half: states have their checksum, weights all their tensors."""
+    """Whatever has its final name is whole: states have their checksum, weights all their tensors."""
     for path in (run / "state").glob("*.state"):
         blob = path.read_bytes()
         assert hashlib.sha256(blob[:-32]).digest() == blob[-32:], path
@@ -125,14 +126,14 @@ def assert_whole(run):
 
 
 def tree(folder):
-    """{path: bytes} of every file below, but for locks."""
+    """{path: bytes} of every file below, except locks."""
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def seen(folder, part=""):
-    """Names, sizes and times of a folder's files with `part` in their name: changed when one of them is being written."""
+    """Names, sizes and times of a folder's files with `part` in their name, which change when one is being written."""
     found = {}
-    with contextlib.suppress(FileNotFoundError):  # written right now
+    with contextlib.suppress(FileNotFoundError):  # one is being renamed right now
         for path in folder.iterdir():
             if part in path.name:
                 stat = path.stat()
@@ -141,7 +142,7 @@ def seen(folder, part=""):
 
 
 def unfinished(folder):
-    """Names of temporary files: of writes that were killed."""
+    """Names of the temporary files that killed writes leave."""
     return [p.name for p in folder.glob(".*") if p.name != ".lock"]
 
 
@@ -153,7 +154,10 @@ def log(tmp_path):
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """slow_disk(seconds, part): from here on files with `part` in their path take so long to be safe, so that a kill can come before."""
+    """slow_disk(seconds, part): from here on, files with `part` in their path take so long to reach the disk.
+
+    A kill can come before.
+    """
     reals = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
 
     def slow(seconds, part=""):
@@ -172,19 +176,19 @@ def slow_disk(monkeypatch):
 
 @pytest.mark.slow
 def test_thirty_kills_over_one_run_change_no_bit(fresh, tmp_path, log, slow_disk):
-    """A kill costs time, never a number. Ten while a state is written, ten while weights are, ten anywhere, drawn once for all."""
+    """A kill costs time and no bit: ten while a state is written, ten while weights are, ten anywhere, seeded."""
     flags = (*SHORT, "--checkpointing_steps", 1, "--max_train_steps", 70)
     whole = again(fresh, tmp_path, "whole")
     here("train", "--output_dir", whole, *TRAIN, *flags)
     slow_disk(0.03)
     moments, hit, reached = random.Random(2), collections.Counter(), []
-    for number in range(30):
+    for index in range(30):
         done = lines(fresh / "metrics.jsonl")
         process = trainer(fresh, log, *flags)
-        if number % 3 == 2:
+        if index % 3 == 2:
             time.sleep(moments.uniform(0, 1.2))
         else:
-            folder, part = ((fresh / "state", ".state"), (fresh, "lora-"))[number % 3]
+            folder, part = ((fresh / "state", ".state"), (fresh, "lora-"))[index % 3]
             steps = moments.randrange(3)
             when(lambda: lines(fresh / "metrics.jsonl") >= done + steps, process)
             before = seen(folder, part)
@@ -206,7 +210,7 @@ def test_thirty_kills_over_one_run_change_no_bit(fresh, tmp_path, log, slow_disk
 
 @pytest.mark.slow
 def test_weights_promised_for_a_step_are_there_after_a_kill_between_state_and_weights(fresh, run, log, slow_disk):
-    """The night's best step may be this very one: a resumed run writes every lora-….safetensors that an uninterrupted one does."""
+    """A resumed run writes every lora-….safetensors that an uninterrupted one does: the best may be this very one."""
     slow_disk(60, "lora-000002")
     process = trainer(fresh, log)
     when(lambda: unfinished(fresh), process)
@@ -223,7 +227,10 @@ def test_weights_promised_for_a_step_are_there_after_a_kill_between_state_and_we
 
 @pytest.mark.slow
 def test_no_temporary_file_of_a_killed_save_stays(fresh, log, slow_disk):
-    """Half a gigabyte each at SDXL's size, under a name that nobody sees: saved because of a signal, at a step that no later save has."""
+    """At SDXL's size each is half a gigabyte, under a name that nobody sees.
+
+    It was saved because of a signal, at a step that no later save has.
+    """
     slow_disk(60, ".state.")
     process = trainer(fresh, log, "--checkpointing_steps", 100)
     when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
@@ -240,7 +247,7 @@ def test_no_temporary_file_of_a_killed_save_stays(fresh, log, slow_disk):
 def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
     pictures, tmp_path, log, small_batches, slow_disk, monkeypatch
 ):
-    """While captions or pictures are encoded, or the index is written: the finished cache has the same bytes."""
+    """While captions or pictures are encoded or the index is written. The finished cache has the same bytes."""
     precompute(tmp_path / "whole", pictures, "--random_flip")
     for encoder in (VAE, TextEncoders):
         monkeypatch.setattr(encoder, "_start", lambda *a, real=encoder._start: (time.sleep(0.03), real(*a))[1])
@@ -248,20 +255,16 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
     began = time.monotonic()
     assert precomputer(tmp_path / "timed", pictures, log, "--random_flip").wait() == 0
     took, moments, stages = time.monotonic() - began, random.Random(1), collections.Counter()
-    for number in range(12):
-        killed = tmp_path / f"killed {number}"
-        for share in (1, 0.7):  # what goes on has less to do
+    written = ("captions.keys", "moments-64x64.keys", "index.npy")
+    for index in range(12):
+        killed = tmp_path / f"killed {index}"
+        for share in (1, 0.7):  # the second has less to do
             process = precomputer(killed, pictures, log, "--random_flip")
             time.sleep(moments.uniform(0.1, share) * took)
             process.send(signal.SIGKILL)
             assert process.wait() in (KILLED, 0), process.output
             there = {p.name for p in (killed / "cache").glob("*")}
-            stages[
-                max(
-                    (i for i, name in enumerate(("captions.keys", "moments-64x64.keys", "index.npy")) if name in there),
-                    default=-1,
-                )
-            ] += 1
+            stages[max((i for i, name in enumerate(written) if name in there), default=-1)] += 1
         precompute(killed, pictures, "--random_flip")
         assert content(killed) == content(tmp_path / "whole")
     print("STAGES", stages)
@@ -271,22 +274,19 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [b"the last good one", None])
 def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp_path, log, slow_disk):
-    """Someone's web UI reads the file at this very moment: half of it would be a broken picture, or none to come back to."""
+    """Someone's web UI reads the file at this very moment, and half of it would be no LoRA at all."""
     folder = copy(run, tmp_path)
-    path, new, found = (
-        folder / "lora.safetensors",
-        (run.folder / "lora.safetensors").read_bytes(),
-        collections.Counter(),
-    )
+    path, new = folder / "lora.safetensors", (run.folder / "lora.safetensors").read_bytes()
+    found = collections.Counter()
     slow_disk(0.5, "lora.safetensors")
     for delay in (0, 0.002, 0.05, None):
         for name in unfinished(folder):
             (folder / name).unlink()
         path.write_bytes(old) if old else path.unlink(missing_ok=True)
         before = seen(folder, "lora.safetensors")
-        process = trainer(folder, log)  # finished: it exports once more
+        process = trainer(folder, log)  # the run is finished, so it exports once more
         when(lambda: seen(folder, "lora.safetensors") != before, process)
-        if delay is None:  # as soon as it has its name
+        if delay is None:  # as soon as the file has its name
             when(lambda: not unfinished(folder), process)
         else:
             time.sleep(delay)
@@ -303,7 +303,7 @@ def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp
 
 @pytest.mark.slow
 def test_killed_or_crashed_while_drawing_pictures_the_weights_are_there(run, tmp_path, log, monkeypatch):
-    """Hours of training must not hang on the last seconds: the weights were exported before, and no picture is half."""
+    """Hours of training must not hang on the last seconds: the weights were exported before, and pictures are whole."""
     folder = copy(run, tmp_path)
     shutil.rmtree(folder / "compare")
     before = tree(folder)
@@ -344,7 +344,7 @@ def ends_at_once(process, second):
 @pytest.mark.slow
 @pytest.mark.parametrize("first, second", TWICE)
 def test_a_second_signal_while_the_first_ones_state_is_saved(first, second, fresh, run, tmp_path, log, slow_disk):
-    """The disk hangs and the user presses Ctrl-C again: the end comes now, and the state before is what it was."""
+    """The disk hangs and the user presses Ctrl-C again. The end comes at once, and the earlier state is what it was."""
     here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 2)
     before = tree(fresh / "state")
     slow_disk(60, ".state.")
@@ -362,7 +362,7 @@ def test_a_second_signal_while_the_first_ones_state_is_saved(first, second, fres
 
 @pytest.mark.parametrize("first, second", TWICE)
 def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_path, log, small_batches, monkeypatch):
-    """What was committed before the first signal stays; the same command ends with the same bytes."""
+    """What was committed before the first signal stays, and the same command ends with the same bytes."""
     precompute(tmp_path / "whole", pictures)
     finish, calls, run = VAE._finish, [], tmp_path / "run"
 
@@ -384,13 +384,14 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
     assert content(run) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+ONCE = [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("signum, code", ONCE)
 def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
     signum, code, pictures, tmp_path, log, small_batches, monkeypatch
 ):
-    """Ten thousand captions take minutes too; the VAE is not even loaded for the end."""
+    """Ten thousand captions take minutes too. The VAE is not even loaded before the end."""
     precompute(tmp_path / "whole", pictures)
     monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
     run, real = tmp_path / "run", TextEncoders._start
@@ -407,7 +408,7 @@ def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(signum, fresh):
-    """python -m train itself: a typing error seen at once, and "terminate called after throwing an instance of" for the answer."""
+    """python -m train itself: who sees a typing error at once must not be answered by "terminate called after …"."""
     moments = random.Random(3)
     for _ in range(12):
         process = start("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1000)
@@ -422,18 +423,14 @@ def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(signum, fre
 
 
 def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, log, tmp_path):
-    """Two commands writing one state or cache would leave neither's."""
+    """Two commands that write one state or cache would leave neither's."""
     process = trainer(fresh, tmp_path / "logs" / "first", "--max_train_steps", 1000)
     when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
     process.send(signal.SIGSTOP)
     try:
         before = tree(fresh)
-        for second in (
-            lambda: precomputer(fresh, run.pictures, log),
-            lambda: trainer(fresh, log),
-            lambda: drawer(fresh, log, "x"),
-        ):
-            assert f"process {process.pid} is working here" in refused(second(), 2)
+        for second, *words in ((precomputer, run.pictures, log), (trainer, log), (drawer, log, "x")):
+            assert f"process {process.pid} is working here" in refused(second(fresh, *words), 2)
         assert tree(fresh) == before
     finally:
         process.send(signal.SIGKILL)
@@ -448,7 +445,8 @@ def lines_of_keys(run, name="moments-64x64"):
 
 # ---- A full disk
 
-PAGE = 4096  # what a tmpfs gives at once
+PAGE = 4096  # bytes that a tmpfs gives at once
+SKIPPED = "the tests with RLIMIT_FSIZE try full disks all the same"
 
 
 @pytest.fixture
@@ -459,12 +457,10 @@ def disk(tmp_path):
 
     def mount(options):
         if not shutil.which("mount") or os.geteuid():
-            pytest.skip("no small disk can be mounted here; the tests with RLIMIT_FSIZE try full disks all the same")
+            pytest.skip(f"no small disk can be mounted here; {SKIPPED}")
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(
-                f"no small disk can be mounted here ({done.stderr.strip()}); the tests with RLIMIT_FSIZE try full disks all the same"
-            )
+            pytest.skip(f"no small disk can be mounted here ({done.stderr.strip()}); {SKIPPED}")
         return path
 
     mount.path = path
@@ -478,7 +474,7 @@ def pages(path):
 
 
 def leave(disk, free):
-    """Fill the disk until so many pages are free; -> the file that fills it."""
+    """Fill the disk until so many pages are free. -> the file that fills it"""
     with open(disk / "filler", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free * PAGE)
     return disk / "filler"
@@ -486,7 +482,7 @@ def leave(disk, free):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Whoever is started here cannot write past `size` bytes of any file: EFBIG, where a full disk says ENOSPC."""
+    """A process that is started here cannot write past `size` bytes of a file: EFBIG, where a full disk says ENOSPC."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -497,14 +493,14 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize("how", [[], ["--explain"]])
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_encoded(how, pictures, disk, log):
-    """Found out after eight hours of encoding is what it must not be."""
+    """Or it would be found out after eight hours of encoding."""
     run = disk("size=2m") / "run"
     message = refused(precomputer(run, pictures, log, "--resolution", 1024, *how), 3)
     assert [int(n) for n in re.findall(r"(\d+) MiB", message)] == [2, 2] and str(run / "cache") in message, message
     assert "captions:" not in log.read_text() and not (run / "cache").exists()
 
 
-FULL = {  # what does not fit any more -> (free pages, of S the state's and W the weights'; states that are there then)
+FULL = {  # what no longer fits -> (free pages, where a state has S and weights W; the states that are there then)
     "lock": (lambda S, W: 0, []),
     "metrics": (lambda S, W: 1, []),
     "first weights": (lambda S, W: 2, []),
@@ -518,21 +514,16 @@ FULL = {  # what does not fit any more -> (free pages, of S the state's and W th
 @pytest.mark.slow
 @pytest.mark.parametrize("full", FULL)
 def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fresh, run, disk, log, monkeypatch):
-    """By others, after there was room: some space freed, the same command goes on from the last state to the same bytes."""
+    """Others fill it after there was room. With some space freed, the same command goes on to the same bytes."""
     free, kept = FULL[full]
     monkeypatch.setattr("train.loop.need_room", lambda *_: None)
     folder = disk("size=16m") / "run"
     shutil.copytree(fresh, folder)
-    filler = leave(
-        disk.path, free(pages(run.folder / "state" / "000006.state"), pages(run.folder / "lora.safetensors"))
-    )
+    state, weights = (pages(run.folder / name) for name in ("state/000006.state", "lora.safetensors"))
+    filler = leave(disk.path, free(state, weights))
     message = refused(trainer(folder, log), 3)
     assert "No space left on device" in message, message
-    assert (
-        states(folder) == [f"{step:06d}.state" for step in kept]
-        if kept
-        else not (folder / "state").exists() or not states(folder)
-    )
+    assert states(folder) == [f"{step:06d}.state" for step in kept]
     assert_whole(folder)
     filler.unlink()
     here("train", "--output_dir", folder, *TRAIN)
@@ -541,7 +532,7 @@ def test_a_disk_that_fills_up_stops_training_and_keeps_the_last_state(full, fres
 
 @pytest.mark.slow
 def test_a_run_that_had_just_enough_room_goes_on_after_a_kill(fresh, run, disk, log):
-    """Its own states and weights fill the disk; what they take is not needed twice."""
+    """Its own states and weights fill the disk, and what they take is not needed twice."""
     folder = disk("size=16m") / "run"
     shutil.copytree(fresh, folder)
     state, weights = (pages(run.folder / name) for name in ("state/000006.state", "lora.safetensors"))
@@ -557,27 +548,20 @@ def test_a_run_that_had_just_enough_room_goes_on_after_a_kill(fresh, run, disk, 
 
 @pytest.mark.slow
 def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log, monkeypatch):
-    """Some space freed a moment later, the index says "caption -1" for the rows whose keys are lost: the last one's, silently."""
+    """If space is freed a moment later, rows whose keys are lost would get index -1: the last caption, silently."""
     count, noise = 130, np.random.default_rng(0)  # more keys than a page holds
-    pixels = [noise.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(count)]
-    source = folder_of(
-        tmp_path / "source", {f"{i:03d}.png": encoded(Image.fromarray(pixel)) for i, pixel in enumerate(pixels)}
-    )
+    images = [Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(count)]
+    source = folder_of(tmp_path / "source", {f"{i:03d}.png": encoded(image) for i, image in enumerate(images)})
     run = disk("size=16m") / "run"
     precompute(run, source)
     edit_captions(source, lambda rows: [dict(row, text=f"another {i}") for i, row in enumerate(rows)])
     keys = run / "cache" / "captions.keys"
-    rows, added = (
-        keys.with_suffix(".rows").stat().st_size,
-        keys.with_suffix(".rows").stat().st_size // (count + 1) * count,
-    )
+    rows = keys.with_suffix(".rows").stat().st_size
+    added = rows // (count + 1) * count
     assert pages(keys) < -(-(2 * count + 1) * 36 // PAGE)
-    filler = leave(
-        disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE)
-    )  # the rows fit, the keys' next page does not
-    monkeypatch.setattr(
-        "data.precompute.Making.encode_pictures", lambda _: filler.unlink()
-    )  # when the captions are done
+    # The rows fit and the keys' next page does not. Space is freed when the captions are done.
+    filler = leave(disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE))
+    monkeypatch.setattr("data.precompute.Making.encode_pictures", lambda _: filler.unlink())
     process = precomputer(run, source, log)
     code = process.wait()
     assert code in (0, 3) and "Traceback" not in process.output, process.output
@@ -588,7 +572,7 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
     assert sorted(Cache(run / "cache").index["caption"]) == list(range(count + 1, 2 * count + 1))
 
 
-SMALL_FILES = {  # free pages -> the file that does not fit: what is small waits in a buffer, and fails when it is closed
+SMALL_FILES = {  # (command, free pages) -> the file that does not fit; it waits in a buffer and fails when it is closed
     ("data.precompute", 0): ".lock",
     ("data.precompute", 48): "moments-64x64.keys",
     ("data.precompute", 49): "index.npy",
@@ -626,7 +610,7 @@ def test_an_export_that_does_not_fit_leaves_the_last_one(run, disk, log):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_anywhere_in_precompute_costs_nothing_that_was_encoded(pictures, cached, disk, log):
-    """With every number of free pages: never a signal from a map, never a half row that counts, and never a wrong one."""
+    """With few and many free pages: no signal from a memory map, no half row that counts, and no wrong one."""
     mounted, ended = disk("size=16m"), collections.Counter()
     for free in (0, 1, 20, 45, 46, 47, 48, 49, 50, 51, 52, 53, 60):
         run = mounted / f"run {free}"
@@ -644,7 +628,7 @@ def test_a_disk_that_fills_up_anywhere_in_precompute_costs_nothing_that_was_enco
 
 @pytest.mark.slow
 def test_files_that_may_not_grow_end_every_command_as_a_full_disk_does(fresh, pictures, run, tmp_path, log):
-    """Also where nothing can be mounted: a limit on the size of files."""
+    """A limit on the size of files works also where nothing can be mounted."""
     with files_of_at_most(100_000):
         process = precomputer(tmp_path / "new", pictures, log)
     message = refused(process, 3)
@@ -670,7 +654,7 @@ NEEDED_AND_FREE = r"\d+ MiB.*\d+ MiB are free"
 
 
 def test_states_that_do_not_fit_are_refused_before_the_first_step(fresh, disk, log):
-    """Two states, the next one beside them and the weights: known from the rank, before a hundred steps are lost."""
+    """The room for two states, the next one and the weights follows from the rank, before a hundred steps are lost."""
     folder = disk("size=16m") / "run"
     shutil.copytree(fresh, folder)
     leave(disk.path, 280)  # one state fits, the second does not
@@ -687,7 +671,7 @@ def test_a_disk_that_is_full_in_the_middle_is_said_with_the_file_and_what_is_fre
 
 
 def test_no_space_for_the_runs_folder_is_the_machines_fault(disk, log):
-    """Scripts tell a full disk, which goes away, from a wrong flag, which does not, by the exit code."""
+    """By the exit code, scripts tell a full disk, which goes away, from a wrong flag, which does not."""
     refused(trainer(disk("size=1m,nr_inodes=1") / "run", log), 3)
 
 
@@ -696,26 +680,28 @@ def test_no_space_for_the_runs_folder_is_the_machines_fault(disk, log):
 
 @pytest.mark.slow
 def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source, tmp_path, log):
-    """Notes, favourites, copies and backups lie where the work is: through every command, a kill, and files of ours that go."""
+    """Notes, favourites, copies and backups lie where the work is.
+
+    They stay through every command, a kill, and the removal of files that are ours.
+    """
     folder = copy(run, tmp_path)
-    names = "notes.txt .hidden .notes.unfinished lora-best.safetensors my.safetensors metrics.jsonl.bak lora.safetensors.old .lock.txt"
-    names += " cache/notes.txt cache/moments-999x999.rows cache/moments-999x999.keys cache/index.npy.bak cache/old/manifest.json"
-    names += " state/readme.txt state/000002.state.bak state/old/000001.state state/²³.state"
-    names += (
-        " compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
+    names = (
+        "notes.txt .hidden .notes.unfinished .lock.txt "
+        "lora-best.safetensors my.safetensors lora.safetensors.old metrics.jsonl.bak "
+        "cache/notes.txt cache/moments-999x999.rows cache/moments-999x999.keys "
+        "cache/index.npy.bak cache/old/manifest.json "
+        "state/readme.txt state/000002.state.bak state/old/000001.state state/²³.state "
+        "compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
     )
     foreign = {folder / name: f"mine: {name}".encode() for name in names.split()}
     for path, blob in foreign.items():
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(blob)
-    edit_captions(
-        source, lambda rows: [dict(row, text="something new") if i == 3 else row for i, row in enumerate(rows)]
-    )
+    captions = (source / "metadata.jsonl").read_bytes()
+    edit_captions(source, lambda rows: [*rows[:3], dict(rows[3], text="something new"), *rows[4:]])
     precompute(folder, source)
     assert "cache" in refused(trainer(folder, log), 2)  # another run's state is in this folder
-    edit_captions(
-        source, lambda rows: [json.loads(line) for line in (run.pictures / "metadata.jsonl").read_text().splitlines()]
-    )
+    (source / "metadata.jsonl").write_bytes(captions)
     precompute(folder, source)
     process = trainer(folder, log, "--max_train_steps", 12)
     when(lambda: lines(folder / "metrics.jsonl") > STEPS, process)
@@ -724,17 +710,15 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
     here("train", "--output_dir", folder, *TRAIN, "--max_train_steps", 10)
     assert {"000008.state", "000010.state"} < set(states(folder))
     here("infer", "--output_dir", folder, "--prompt", PROMPTS[0], "--num_inference_steps", 1)
-    assert not (folder / "compare" / "baseline_1.png").exists()  # ours, of an earlier call, goes
+    assert not (folder / "compare" / "baseline_1.png").exists()  # it is ours, of an earlier call
     assert {path: path.read_bytes() for path in foreign if path.exists()} == foreign
 
 
 def test_an_editors_swap_file_is_left_alone(run, tmp_path):
-    """vim keeps what was not saved of report.json in .report.json.swp, beside it."""
+    """vim keeps what was not saved of report.json next to it, in .report.json.swp."""
     folder = copy(run, tmp_path)
-    foreign = [
-        folder / name
-        for name in (".metrics.jsonl.swp", ".lora.safetensors.swp", "compare/.report.json.swp", "cache/.index.npy.swp")
-    ]
+    names = (".metrics.jsonl.swp", ".lora.safetensors.swp", "compare/.report.json.swp", "cache/.index.npy.swp")
+    foreign = [folder / name for name in names]
     for path in foreign:
         path.write_bytes(b"not saved yet")
     (folder / "cache" / "manifest.json").unlink()
@@ -746,7 +730,7 @@ def test_an_editors_swap_file_is_left_alone(run, tmp_path):
 
 @pytest.mark.slow
 def test_copies_of_states_under_other_names_are_neither_resumed_from_nor_deleted_nor_in_the_way(run, fresh):
-    """Two favourites put aside beside the states: taken for the two newest, each save would delete itself."""
+    """Favourites lie next to the states. If two were taken for the newest states, each save would delete itself."""
     here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 2)
     aside = [fresh / "state" / name for name in ("best.state", "000002 (copy).state", "0-before.state", "²³.state")]
     for path in aside:
@@ -759,18 +743,16 @@ def test_copies_of_states_under_other_names_are_neither_resumed_from_nor_deleted
 @pytest.mark.parametrize("name", ["data.precompute", "train", "infer"])
 @pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
 def test_an_output_folder_that_cannot_be_is_refused_before_anything_else(kind, name, pictures, tmp_path, log, request):
-    """Before a model is looked for: an hour of downloads must not end with "cannot write"."""
+    """Before a model is looked for, because an hour of downloads must not end with "cannot write"."""
     if kind == "read-only":
         folder = request.getfixturevalue("disk")("size=1m") / "run"
         subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
     else:
         (tmp_path / "mine").write_text("mine")
         folder = tmp_path / "mine" / ("run" if kind == "below a file" else "")
-    words = {
-        "data.precompute": ("--pretrained_model_name_or_path", "nobody/nothing", "--dataset_name", "nobody/nothing"),
-        "infer": ("--prompt", "x"),
-    }
-    message = refused(Forked(name, ("--output_dir", folder, *words.get(name, ())), log), 2)
+    missing = ("--pretrained_model_name_or_path", "nobody/nothing", "--dataset_name", "nobody/nothing")
+    words = {"data.precompute": missing, "infer": ("--prompt", "x")}.get(name, ())
+    message = refused(Forked(name, ("--output_dir", folder, *words), log), 2)
     assert message.startswith(f"error: --output_dir {folder}: not a folder that can be written"), message
     assert kind == "read-only" or (tmp_path / "mine").read_text() == "mine"
 
@@ -779,26 +761,20 @@ def test_an_output_folder_that_cannot_be_is_refused_before_anything_else(kind, n
 def test_a_part_of_the_runs_folder_that_cannot_be_written_is_refused_at_the_door(
     part, fresh, run, pictures, tmp_path, log
 ):
-    """state/ that belongs to root since a container ran: found out at the first save, the steps before it are lost."""
+    """Since a container ran, state/ belongs to root. Found out at the first save, the steps before it would be lost."""
     folder = tmp_path / "run"
     shutil.copytree(fresh, folder) if part != "cache" else folder.mkdir()
     (folder / part).write_text("mine") if part != "metrics.jsonl" else (folder / part).mkdir()
     if part == "compare":
         shutil.copy(run.folder / "lora.safetensors", folder)
-    process = (
-        precomputer(folder, pictures, log)
-        if part == "cache"
-        else drawer(folder, log, "x")
-        if part == "compare"
-        else trainer(folder, log)
-    )
-    assert str(folder / part) in refused(process, 2)
-    assert not re.search(r"\d/\d+ \[", log.read_text())  # no progress bar: nothing was begun
+    begin, *words = dict(cache=(precomputer, pictures, log), compare=(drawer, log, "x")).get(part, (trainer, log))
+    assert str(folder / part) in refused(begin(folder, *words), 2)
+    assert not re.search(r"\d/\d+ \[", log.read_text())  # no progress bar, so nothing was begun
 
 
 @pytest.mark.slow
 def test_training_reads_a_cache_on_a_disk_that_cannot_be_written(fresh, run, disk, log):
-    """Kaggle lends data that way: a cache made once, and many runs that link to it."""
+    """Kaggle lends data that way: a cache is made once, and many runs link to it."""
     lent = disk("size=16m")
     shutil.copytree(fresh / "cache", lent / "cache")
     (lent / "cache" / ".names.txt.killed.unfinished").write_text("not this run's to remove")
@@ -820,13 +796,13 @@ def every_byte(folder, but=()):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["environment", "login file"])
 def test_the_hub_token_is_in_no_byte_also_where_commands_fail(where, pictures, tmp_path, log, monkeypatch):
-    """Run folders and logs are published and pasted; what failed most of all."""
+    """Run folders and logs are published and pasted, most of all those of what failed."""
     stored = tmp_path / "login" / "token"
     stored.parent.mkdir()
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(stored))
     stored.write_text(TOKEN) if where == "login file" else monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert huggingface_hub.get_token() == TOKEN  # the commands could read it
-    run, number, output = tmp_path / "run", iter(range(99)), ""
+    run, indices, output = tmp_path / "run", iter(range(99)), ""
 
     def outcome(process, code):
         nonlocal output
@@ -834,13 +810,12 @@ def test_the_hub_token_is_in_no_byte_also_where_commands_fail(where, pictures, t
         output += process.output
 
     def next_log():
-        return log.parent / f"log {next(number)}"
+        return log.parent / f"log {next(indices)}"
 
     steps = ("--max_train_steps", 1)
     outcome(precomputer(run, pictures, next_log(), "--pretrained_model_name_or_path", "nobody/nothing"), 2)
-    outcome(
-        Forked("data.precompute", ("--output_dir", run, "--dataset_name", "nobody/nothing", *PRECOMPUTE), next_log()), 2
-    )
+    words = ("--output_dir", run, "--dataset_name", "nobody/nothing", *PRECOMPUTE)
+    outcome(Forked("data.precompute", words, next_log()), 2)
     outcome(precomputer(run, pictures, next_log()), 0)
     with monkeypatch.context() as broken:
         broken.setattr("train.loop.save_state", lambda *_: 1 / 0)
@@ -880,12 +855,8 @@ def test_a_hub_that_refuses_the_token_does_not_make_us_print_it(source, pictures
     home.mkdir()
     (home / "token").write_text(TOKEN)
     env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
-    env |= dict(
-        HF_HOME=str(home),
-        HF_HUB_OFFLINE="0",
-        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-        HF_DATASETS_CACHE=str(home / "datasets"),
-    )
+    env |= dict(HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+    env |= dict(HF_HOME=str(home), HF_DATASETS_CACHE=str(home / "datasets"))
     if source == "model":
         words = ("--pretrained_model_name_or_path", "someone/private", "--train_data_dir", pictures)
     else:
@@ -906,7 +877,7 @@ ODD = ("../x", "/nowhere/passwd", "two\nlines", "n" * 300, "<lora:x:1>")
 
 @pytest.mark.slow
 def test_a_runs_folder_of_any_name_holds_all_that_is_written(pictures, tmp_path, monkeypatch):
-    """Upwards, with a line's end, 350 characters, a tag of a web UI: nothing lands beside it, nor where the command was started."""
+    """Upwards, with a line's end, of 350 characters, like a web UI's tag: no file lands outside of it."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     folder = "/".join(["..", "<lora:x:1>", "two\nlines", "n" * 200, "n" * 120])
@@ -929,7 +900,7 @@ def test_a_name_that_no_disk_takes_is_refused_in_one_line(name, tmp_path, log):
 
 @pytest.mark.slow
 def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_path, log):
-    """They come from the internet. What they say is drawn; where files go is ours to say."""
+    """They come from the internet. What they say is drawn, but where files go is ours to say."""
     source, outside, run = tmp_path / "source", tmp_path / "outside", tmp_path / "run"
     source.mkdir(), outside.mkdir()
     names = ("../outside/x.png", str(outside / "absolute.png"), "two\nlines.png", "n" * 240 + ".png", "<lora:x:1>.png")
@@ -940,9 +911,8 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
     before = every_byte(tmp_path)
     precompute(run, source)
     cache = Cache(run / "cache")
-    assert [len(name.splitlines()) for name in cache.names(range(5))] == [1] * 5 and len(
-        set(cache.index["caption"])
-    ) == 5
+    assert [len(name.splitlines()) for name in cache.names(range(5))] == [1] * 5
+    assert len(set(cache.index["caption"])) == 5
     here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
     here("infer", "--output_dir", run, "--prompt", *ODD, "--num_inference_steps", 1)
     pairs = {f"{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(len(ODD))}
@@ -956,7 +926,7 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
 
 
 def test_row_ids_of_a_dataset_may_be_anything(pictures, tmp_path):
-    """A parquet file's "path" is whatever its maker had on his disk; it names rows here and nothing else."""
+    """A parquet file's "path" is whatever its maker had on a disk. It names rows here and nothing else."""
     images = [{"path": name, "bytes": (pictures / f"{i:03d}.png").read_bytes()} for i, name in enumerate(ODD)]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict({"image": images, "text": list(ODD)}, features=features)
@@ -970,7 +940,7 @@ def test_row_ids_of_a_dataset_may_be_anything(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
-    """Hours of encoding are done, the cache is written, and the line that says what was left out is the end of it."""
+    """After hours of encoding, the line that says what was left out must not be what ends the command."""
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(pictures / "000.png", source / "a.png")
@@ -986,7 +956,7 @@ def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
 
 
 def test_a_picture_that_is_changed_while_it_waits_is_not_taken_for_the_one_before(source, tmp_path, monkeypatch):
-    """Hours lie between the hash and the VAE; the wrong row would have a good checksum for ever."""
+    """Hours lie between the hash and the VAE, and the wrong row would have a good checksum for ever."""
     real = Making.encode_captions
     before = (source / "000.png").read_bytes()
 
@@ -1001,18 +971,14 @@ def test_a_picture_that_is_changed_while_it_waits_is_not_taken_for_the_one_befor
     (source / "000.png").write_bytes(before)
     precompute(tmp_path / "run", source)
     precompute(tmp_path / "fresh", source)
-    one, other = (
-        Cache(tmp_path / name / "cache").batch(range(PICTURES), [False] * PICTURES, [False] * PICTURES)
-        for name in ("run", "fresh")
-    )
+    none = [False] * PICTURES
+    one, other = (Cache(tmp_path / name / "cache").batch(range(PICTURES), none, none) for name in ("run", "fresh"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_half_an_emoji_in_a_caption_is_refused_by_name(source, tmp_path, log):
     """JSON can spell one half of a surrogate pair, and scrapers that cut captions do."""
-    edit_captions(
-        source, lambda rows: [dict(row, text="a fox \ud83d") if i == 3 else row for i, row in enumerate(rows)]
-    )
+    edit_captions(source, lambda rows: [*rows[:3], dict(rows[3], text="a fox \ud83d"), *rows[4:]])
     assert "003.png" in refused(precomputer(tmp_path / "run", source, log), 2)
     precompute(tmp_path / "run", source, "--skip_bad")
     assert len(Cache(tmp_path / "run" / "cache")) == PICTURES - 1
@@ -1031,7 +997,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's cache on this machine, with the toy as someone/toy-sdxl in it; -> the folder of its files."""
+    """The hub's cache on this machine, with the toy as someone/toy-sdxl in it. -> the folder of its files"""
     model = tmp_path / "hub" / "models--someone--toy-sdxl"
     shutil.copytree(PIPELINE, model / "snapshots" / COMMIT)
     (model / "refs").mkdir()
@@ -1046,7 +1012,7 @@ HUB_MODEL = ("--pretrained_model_name_or_path", "someone/toy-sdxl", "--resolutio
 
 @pytest.mark.slow
 def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, pictures, tmp_path, monkeypatch):
-    """On the train, behind a firewall, on a node without a route: all three commands, to the same numbers as from a folder."""
+    """On the train, behind a firewall, on a node without a route, all commands give what they give from a folder."""
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     images = [{"path": row["file_name"], "bytes": (pictures / row["file_name"]).read_bytes()} for row in rows]
@@ -1054,7 +1020,7 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
     table.to_parquet(tmp_path / "train.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     datasets.load_dataset("parquet", data_files={"train": str(tmp_path / "train.parquet")})
-    (info,) = (tmp_path / "datasets").rglob("dataset_info.json")  # filled as a download fills it, but for the names
+    (info,) = (tmp_path / "datasets").rglob("dataset_info.json")  # as a download leaves it, except for the names
     there = tmp_path / "datasets" / "someone___pictures" / "default" / "0.0.0" / COMMIT
     shutil.copytree(info.parent, there)
     shutil.move(there / "parquet-train.arrow", there / "pictures-train.arrow")
@@ -1066,10 +1032,8 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
     found, wanted = content(folder), content(run.folder)
     assert all(found[name] == wanted[name] for name in wanted if name != "manifest.json")
     model = Cache(folder / "cache").manifest["model"]
-    assert (model["name"], model["revision"]) == (
-        "someone/toy-sdxl",
-        COMMIT,
-    )  # a branch that moves would be another model
+    assert model["name"] == "someone/toy-sdxl"
+    assert model["revision"] == COMMIT  # and not a branch, which moves to another model
     here("train", "--output_dir", folder, *TRAIN)
     mine, theirs = (load_file(f / "lora.safetensors") for f in (folder, run.folder))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -1080,7 +1044,7 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
 
 
 def test_a_branch_of_the_hub_that_moved_is_another_run(hub, pictures, tmp_path):
-    """The same id, another UNet: half of the steps would be on each."""
+    """The same id means another UNet then, and half of the steps would be on each."""
     run, other = tmp_path / "run", "b" * 40
     words = ("--output_dir", run, "--train_data_dir", pictures, *HUB_MODEL)
     here("data.precompute", *words)
@@ -1097,9 +1061,8 @@ def test_a_disk_that_a_download_fills_is_not_a_model_that_is_missing(hub, pictur
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blob"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    message = refused(
-        Forked("data.precompute", ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *HUB_MODEL), log), 3
-    )
+    words = ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *HUB_MODEL)
+    message = refused(Forked("data.precompute", words, log), 3)
     assert f"the disk refused to write {tmp_path / 'blob'}: No space left" in message
 
 
@@ -1128,7 +1091,7 @@ def test_what_is_not_in_the_hubs_cache_is_named(missing, hub, pictures, tmp_path
 
 
 def test_a_folder_with_another_run_is_refused_before_the_model_is_fetched(hub, pictures, tmp_path, log):
-    """Five gigabytes of downloads to be told that --rank is another one than yesterday."""
+    """Nobody downloads five gigabytes to be told that --rank is another one than yesterday."""
     run = tmp_path / "run"
     here("data.precompute", "--output_dir", run, "--train_data_dir", pictures, *HUB_MODEL)
     here("train", "--output_dir", run, *TRAIN, *SHORT, "--max_train_steps", 1)
@@ -1153,20 +1116,20 @@ def folder_of(path, files, captions=None):
     for name, blob in files.items():
         (path / name).write_bytes(blob)
     captions = captions or [f"number {i}" for i in range(len(files))]
-    (path / "metadata.jsonl").write_text(
-        "".join(json.dumps(dict(file_name=n, text=t)) + "\n" for n, t in zip(files, captions))
-    )
+    rows = [json.dumps(dict(file_name=name, text=text)) + "\n" for name, text in zip(files, captions)]
+    (path / "metadata.jsonl").write_text("".join(rows))
     return path
 
 
 def test_every_kind_of_picture_is_cached_as_the_upright_rgb_that_one_sees(tmp_path):
-    """16 bits clipped to white, transparency gone black or a phone's picture on its side would be learned."""
+    """Otherwise 16 bits clipped to white, transparency gone black or a phone's picture on its side are learned."""
     rng = np.random.default_rng(0)
     colour, grey = rng.integers(0, 256, (64, 96, 3), np.uint8), rng.integers(0, 256, (64, 96), np.uint8)
     grey[0, :2] = 0, 255  # a float's range
     clear = rng.random((64, 96)) < 0.5
     alpha, white = np.where(clear, 0, 255).astype(np.uint8), np.uint8(255)
     palette = Image.fromarray(colour).quantize(16)
+    moving = dict(save_all=True, append_images=[palette.rotate(180)])
     turned = Image.Exif()
     turned[0x0112] = 6
     kinds = {  # name: (the file, what it shows)
@@ -1178,10 +1141,7 @@ def test_every_kind_of_picture_is_cached_as_the_upright_rgb_that_one_sees(tmp_pa
         "sixteen_bits.png": (encoded(Image.fromarray(grey.astype(np.uint16) * 257)), grey),
         "float.tif": (encoded(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"), grey),
         "turned.png": (encoded(Image.fromarray(np.ascontiguousarray(np.rot90(colour))), exif=turned), colour),
-        "moving.gif": (
-            encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(180)]),
-            np.asarray(palette.convert("RGB")),
-        ),
+        "moving.gif": (encoded(palette, "GIF", **moving), np.asarray(palette.convert("RGB"))),
     }
     plain = {
         name: encoded(Image.fromarray(np.broadcast_to(np.atleast_3d(shown), (64, 96, 3)).astype(np.uint8)))
@@ -1190,15 +1150,14 @@ def test_every_kind_of_picture_is_cached_as_the_upright_rgb_that_one_sees(tmp_pa
     precompute(tmp_path / "kinds", folder_of(tmp_path / "a", {name: blob for name, (blob, _) in kinds.items()}))
     precompute(tmp_path / "plain", folder_of(tmp_path / "b", plain))
     none = np.zeros(len(kinds), bool)
-    found, wanted = (
-        Cache(tmp_path / name / "cache").batch(range(len(kinds)), none, none) for name in ("kinds", "plain")
-    )
+    rows = range(len(kinds))
+    found, wanted = (Cache(tmp_path / name / "cache").batch(rows, none, none) for name in ("kinds", "plain"))
     for i, name in enumerate(kinds):
-        assert all(np.array_equal(found[part][i], wanted[part][i]) for part in ("mean", "std", "time_ids")), name
+        assert all(np.array_equal(found[what][i], wanted[what][i]) for what in ("mean", "std", "time_ids")), name
 
 
 def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
-    """One of each; the command ends, and the manifest lists exactly what cannot be used."""
+    """There is one of each. The command ends, and the manifest lists exactly what cannot be used."""
     bomb = bytearray(encoded(Image.new("RGB", (8, 8))))
     bomb[16:24] = struct.pack(">II", 50_000, 50_000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
@@ -1213,9 +1172,8 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
         "none.png": (good, None, "its caption is None, not text"),
         "number.png": (good, 5, "its caption is 5, not text"),
     }
-    source = folder_of(
-        tmp_path / "source", {name: row[0] for name, row in rows.items()}, [row[1] for row in rows.values()]
-    )
+    blobs, captions = {name: row[0] for name, row in rows.items()}, [row[1] for row in rows.values()]
+    source = folder_of(tmp_path / "source", blobs, captions)
     assert "thread.png: " in refused(precomputer(tmp_path / "stopped", source, log), 2)  # the first that is bad
     process = precomputer(tmp_path / "run", source, log, "--skip_bad")
     assert process.wait() == 0, process.output
@@ -1223,9 +1181,8 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     cache = Cache(tmp_path / "run" / "cache")
     assert cache.names(range(len(cache))) == [name for name, (_, _, why) in rows.items() if not why]
     left_out = dict(cache.manifest["skipped"])
-    assert left_out.keys() == {name for name, (_, _, why) in rows.items() if why} and all(
-        rows[name][2] in why for name, why in left_out.items()
-    )
+    assert left_out.keys() == {name for name, (_, _, why) in rows.items() if why}
+    assert all(rows[name][2] in why for name, why in left_out.items())
 
 
 DATA = {  # flags -> what the line says
@@ -1250,10 +1207,8 @@ def test_data_that_is_not_there_is_refused_before_a_model_is_looked_for(case, pi
     for name, paths in (("saved", [str(pictures / "000.png")]), ("none", [])):
         datasets.Dataset.from_dict({"image": paths, "text": ["x"] * len(paths)}, features=features).save_to_disk(name)
     words, message = DATA[case]
-    process = Forked(
-        "data.precompute", ("--output_dir", "run", "--pretrained_model_name_or_path", "nobody/nothing", *words), log
-    )
-    assert re.search(message, refused(process, 2))
+    words = ("--output_dir", "run", "--pretrained_model_name_or_path", "nobody/nothing", *words)
+    assert re.search(message, refused(Forked("data.precompute", words, log), 2))
     assert not (tmp_path / "run" / "cache").exists()
 
 
@@ -1268,27 +1223,29 @@ def rewrite(path, change):
     save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
+def remove_vocabulary(model):
+    (model / "tokenizer" / "tokenizer.json").unlink()
+
+
+def make_captions_alike(model):
+    for name in ("text_encoder", "text_encoder_2"):
+        rewrite(model / name / "model.safetensors", lambda n, t: t * 0 if "token_embedding" in n else t)
+
+
+def make_nan(model):
+    rewrite(model / "text_encoder" / "model.safetensors", lambda n, t: t * torch.nan if "layers.0" in n else t)
+
+
 ENCODERS = {  # what is wrong with the model -> (how it is done, what the line says)
-    "no vocabulary": (lambda m: (m / "tokenizer" / "tokenizer.json").unlink(), "its vocabulary is missing"),
-    "all captions alike": (
-        lambda m: [
-            rewrite(m / part / "model.safetensors", lambda n, t: t * 0 if "token_embedding" in n else t)
-            for part in ("text_encoder", "text_encoder_2")
-        ],
-        "the same for every caption",
-    ),
-    "NaN": (
-        lambda m: rewrite(
-            m / "text_encoder" / "model.safetensors", lambda n, t: t * torch.nan if "layers.0" in n else t
-        ),
-        "not finite",
-    ),
+    "no vocabulary": (remove_vocabulary, "its vocabulary is missing"),
+    "all captions alike": (make_captions_alike, "the same for every caption"),
+    "NaN": (make_nan, "not finite"),
 }
 
 
 @pytest.mark.parametrize("case", ENCODERS)
 def test_encoders_that_cannot_be_trusted_write_no_row(case, model, pictures, tmp_path, log):
-    """Ten thousand embeddings of nothing, found out after the training."""
+    """They would be ten thousand embeddings of nothing, found out after the training."""
     damage, message = ENCODERS[case]
     damage(model)
     process = precomputer(tmp_path / "run", pictures, log, "--pretrained_model_name_or_path", model)
@@ -1312,20 +1269,18 @@ def test_another_tokenizer_encoder_or_precision_encodes_again_what_it_makes(mode
     encodes(PICTURES, 0)
     rewrite(model / "text_encoder" / "model.safetensors", lambda n, t: t * 1.01)
     encodes(PICTURES, 0)
-    rewrite(
-        model / "vae" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if "encoder.conv_out" in n else t
-    )
+    vae = model / "vae" / "diffusion_pytorch_model.safetensors"
+    rewrite(vae, lambda n, t: t * 1.01 if "encoder.conv_out" in n else t)
     encodes(0, PICTURES)
     encodes(PICTURES, PICTURES, "--mixed_precision", "bf16")
     encodes(0, 0)  # back again costs nothing
 
 
 def test_a_run_on_another_base_model_is_refused(model, run, tmp_path, log):
-    """The same pictures and captions, another UNet: half of the steps would belong to each."""
+    """The pictures and captions are the same and the UNet is another: half of the steps would belong to each."""
     folder = copy(run, tmp_path)
-    rewrite(
-        model / "unet" / "diffusion_pytorch_model.safetensors", lambda n, t: t * 1.01 if n == "conv_in.weight" else t
-    )
+    unet = model / "unet" / "diffusion_pytorch_model.safetensors"
+    rewrite(unet, lambda n, t: t * 1.01 if n == "conv_in.weight" else t)
     precompute(folder, run.pictures, "--pretrained_model_name_or_path", model)
     before = tree(folder)
     assert re.search(r"started with base local-\w+ there and local-\w+ here", refused(trainer(folder, log), 2))
@@ -1334,7 +1289,7 @@ def test_a_run_on_another_base_model_is_refused(model, run, tmp_path, log):
 
 @pytest.mark.slow
 def test_one_flipped_bit_of_the_cache_stops_training_and_precompute_repairs_it(fresh, run, log):
-    """Trained on, it would be in the weights and nowhere to be seen."""
+    """If it were trained on, it would be in the weights and nowhere to be seen."""
     path = fresh / "cache" / "captions.rows"
     blob = bytearray(path.read_bytes())
     for at in range(30_000, len(blob), 15_000):  # every caption, so that the first step meets one
@@ -1349,7 +1304,7 @@ def test_one_flipped_bit_of_the_cache_stops_training_and_precompute_repairs_it(f
 
 
 def poison(run, example):
-    """NaN in a picture's moments, under a good checksum."""
+    """Write NaN into a picture's posterior, under a good checksum."""
     cache = Cache(run / "cache")
     at, moments = int(cache.index[example]["picture"]), cache.moments[0]
     row = np.full_like(moments[at], np.nan)
@@ -1363,7 +1318,7 @@ def poison(run, example):
 
 
 def test_nan_ends_with_exit_code_4_as_often_as_it_is_met_and_the_last_good_state_stays(fresh, log):
-    """A job queue that starts it again must not get past it, nor lose what was good."""
+    """A job queue that starts the run again must not get past it, nor lose what was good."""
     cache, values = Cache(fresh / "cache"), settings("train", train_batch_size=1, gradient_accumulation_steps=1)
     first = [Batches(cache, values, 1000).rows(step, 0)[0] for step in range(6)]
     step = next(step for step in range(2, 6) if first[step] not in first[:step])
@@ -1374,16 +1329,15 @@ def test_nan_ends_with_exit_code_4_as_often_as_it_is_met_and_the_last_good_state
             message
         )
         assert states(fresh)[-1] == f"{step:06d}.state" and vector(fresh, step).isfinite().all()
-        assert not (fresh / "lora.safetensors").exists() and [m["step"] for m in metrics(fresh)] == list(
-            range(1, step + 1)
-        )
+        assert not (fresh / "lora.safetensors").exists()
+        assert [m["step"] for m in metrics(fresh)] == list(range(1, step + 1))
 
 
 TOO_LARGE = (*SHORT, "--learning_rate", 1e6, "--max_train_steps", 1)
 
 
 def test_weights_that_fp16_cannot_hold_are_never_exported(fresh):
-    """Finite in training, infinite in the file: black pictures for everyone who loads it."""
+    """They are finite in training and infinite in the file: black pictures for everyone who loads it."""
     (fresh / "lora.safetensors").write_bytes(b"the last good one")
     with pytest.raises(UserError, match="is not finite in fp16: .* was not written"):
         here("train", "--output_dir", fresh, *TRAIN, *TOO_LARGE)
@@ -1403,34 +1357,39 @@ class Opens:
         return open, (self.path, "w")
 
 
+def tensors_of(change):
+    """-> a function that writes a file of weights again with change(its tensors)"""
+    return lambda path: save_file(change(load_file(path)), path)
+
+
+def without_partners(tensors):
+    return {n: t for n, t in tensors.items() if not n.endswith("attn1_to_q.lora_up.weight")}
+
+
+def full_of_nan(tensors):
+    return {n: t * torch.nan if t.dim() else t for n, t in tensors.items()}
+
+
+def narrower(tensors):
+    return {n: t[:, :-1].contiguous() if "lora_down" in n else t for n, t in tensors.items()}
+
+
+def renamed(tensors):
+    return {n.replace("lora_unet_", "unet."): t for n, t in tensors.items()}
+
+
 BAD_WEIGHTS = {
     "pickle": (lambda path: torch.save({"lora": Opens(str(path.parent / "ran"))}, path), "not a readable .safetensors"),
-    "a missing partner": (
-        lambda path: save_file(
-            {n: t for n, t in load_file(path).items() if not n.endswith("attn1_to_q.lora_up.weight")}, path
-        ),
-        "lora_up.weight and .* are missing",
-    ),
-    "NaN": (
-        lambda path: save_file({n: t * torch.nan if t.dim() else t for n, t in load_file(path).items()}, path),
-        "not a finite number",
-    ),
-    "another shape": (
-        lambda path: save_file(
-            {n: t[:, :-1].contiguous() if "lora_down" in n else t for n, t in load_file(path).items()}, path
-        ),
-        "this UNet wants",
-    ),
-    "other names": (
-        lambda path: save_file({n.replace("lora_unet_", "unet."): t for n, t in load_file(path).items()}, path),
-        "fit no attention projection",
-    ),
+    "a missing partner": (tensors_of(without_partners), "lora_up.weight and .* are missing"),
+    "NaN": (tensors_of(full_of_nan), "not a finite number"),
+    "another shape": (tensors_of(narrower), "this UNet wants"),
+    "other names": (tensors_of(renamed), "fit no attention projection"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_weights_that_do_not_fit_draw_nothing(case, run, tmp_path, log):
-    """Half loaded, they would draw garbage that looks like a bad training; a pickle would do what it likes."""
+    """If half of them were loaded, they would draw what looks like a bad training; a pickle would do what it likes."""
     folder = copy(run, tmp_path)
     damage, message = BAD_WEIGHTS[case]
     damage(folder / "lora.safetensors")
@@ -1444,7 +1403,7 @@ def test_weights_that_do_not_fit_draw_nothing(case, run, tmp_path, log):
 
 
 def test_without_bitsandbytes_its_flag_says_what_to_do(fresh, log, monkeypatch):
-    """Before the model is loaded: pip install, or leave the flag out."""
+    """Before the model is loaded: install it with pip, or leave the flag out."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     message = refused(trainer(fresh, log, "--use_8bit_adam"), 2)
@@ -1463,5 +1422,5 @@ def test_without_bitsandbytes_and_tensorboard_training_gives_the_same_bytes(fres
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["data.precompute", "train", "infer"])
 def test_without_a_gpu_it_is_said_that_the_cpu_computes(name, run):
-    """A driver that does not load makes an hour a month; the first line should say so."""
-    assert "no GPU" in dict(zip(("data.precompute", "train", "infer"), (run.precompute, run.train, run.infer)))[name]
+    """A driver that does not load makes a month of an hour, and the first line should say so."""
+    assert "no GPU" in {"data.precompute": run.precompute, "train": run.train, "infer": run.infer}[name]

@@ -1,6 +1,7 @@
 """The weights file: every tool's keys, the same numbers in diffusers, the same bytes each time, and what is refused."""
 
 import copy
+import itertools
 import json
 import pickle
 import struct
@@ -31,15 +32,17 @@ SGM = {
 }
 
 
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
 def sdxl_keys():
     """{layer in diffusers' UNet: its key}, all 560, written out from the table."""
-    return {
-        f"{path}.transformer_blocks.{depth}.{attention}.{layer}": f"lora_unet_{block}_transformer_blocks_{depth}_{attention}_{layer.replace('.', '_')}"
-        for block, (path, depths) in SGM.items()
-        for depth in range(depths)
-        for attention in ("attn1", "attn2")
-        for layer in ("to_q", "to_k", "to_v", "to_out.0")
-    }
+    keys = {}
+    for block, (path, depths) in SGM.items():
+        for depth, attention, layer in itertools.product(range(depths), ("attn1", "attn2"), LAYERS):
+            spelled = f"lora_unet_{block}_transformer_blocks_{depth}_{attention}_{layer.replace('.', '_')}"
+            keys[f"{path}.transformer_blocks.{depth}.{attention}.{layer}"] = spelled
+    return keys
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_diffusers_reads_the_keys_of_full_sdxl_back_as_its_own():
 
 
 def test_what_is_in_the_file(file):
-    """1 + 1 + 1 tensors a projection in fp16, A as lora_down, B as lora_up, alpha as a number without axes.
+    """Three tensors for each projection, in fp16: A as lora_down, B as lora_up, alpha as a number without axes.
 
     Each projection has its own rows of the layer that it shares: q's A is not k's.
     """
@@ -109,7 +112,7 @@ def test_what_is_in_the_file(file):
 
 
 def test_an_export_of_all_of_sdxls_layers(tmp_path):
-    """560 projections out of 350 layers, under the 560 names; an fp16 base's from the fp32 numbers, not their copies."""
+    """560 projections out of 350 layers, under the 560 names, from the fp32 vector and not from its fp16 copies."""
     adapters = inject(narrow_sdxl_unet().half(), rank=2, alpha=3.0)
     with torch.no_grad():
         adapters.vector.normal_(generator=torch.Generator().manual_seed(0))
@@ -127,7 +130,7 @@ def test_an_export_of_all_of_sdxls_layers(tmp_path):
 
 
 def test_metadata(file):
-    """The names that A1111, sd-scripts and the model spec look for; nothing that diffusers refuses beside .alpha."""
+    """The names that A1111, sd-scripts and the model spec look for, and none that diffusers refuses next to .alpha."""
     facts = metadata(file[0])
     assert facts["ss_base_model_version"].startswith("sdxl_")
     assert facts["ss_network_module"] == "networks.lora"
@@ -142,7 +145,7 @@ def test_metadata(file):
 
 
 def test_the_same_weights_give_the_same_bytes(file, tmp_path):
-    """safetensors alone writes metadata in random order: the same run would have another checksum each time."""
+    """safetensors by itself writes metadata in random order: the same run would have another checksum each time."""
     path, adapters = file
     for i in range(5):
         other = tmp_path / str(i) / path.name
@@ -155,7 +158,7 @@ def test_the_same_weights_give_the_same_bytes(file, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_loading_gives_the_exported_weights_rank_and_alpha(dtype, file, _toy_unet):
-    """In what is trained on and in what computes: a vector that is loaded and not passed on would draw the base's pictures."""
+    """In the vector that is trained and in the layers that compute, which would draw the base without a refresh."""
     path, adapters = file
     again, facts = load(copy.deepcopy(_toy_unet).to(dtype), path)
     assert (again.rank, again.alpha) == (4, 6) and facts["ss_output_name"] == "mine"
@@ -215,9 +218,8 @@ def remove(name):
 
 
 def rename_to_diffusers_keys(path):
-    save_file(
-        {n.replace("lora_unet_", "unet.").replace("lora_down", "lora_A"): t for n, t in load_file(path).items()}, path
-    )
+    tensors = load_file(path)
+    save_file({n.replace("lora_unet_", "unet.").replace("lora_down", "lora_A"): t for n, t in tensors.items()}, path)
 
 
 def bytes_of(change):
@@ -271,15 +273,16 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_unet_stays(case, fi
     path, _ = file
     apply, message = REFUSED[case]
     apply(path)
-    before = {
-        name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)
-    }
+
+    def linears():
+        modules = [(name, m) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)]
+        return {name: (m, m.weight.requires_grad) for name, m in modules}
+
+    before = linears()
     with pytest.raises(UserError, match=message) as refusal:
         load(_toy_unet, path)
     assert str(path) in str(refusal.value)
-    assert before == {
-        name: (m, m.weight.requires_grad) for name, m in _toy_unet.named_modules() if isinstance(m, torch.nn.Linear)
-    }
+    assert linears() == before
 
 
 def test_a_missing_file_is_named(_toy_unet, tmp_path):

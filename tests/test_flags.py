@@ -20,7 +20,7 @@ FLAGS = [(command, f) for command, settings in COMMANDS.items() for f in fields(
 
 
 def number(f):
-    """int or float for a flag with a number, else None."""
+    """int or float where the flag takes a number, else None."""
     return next((kind for kind in (int, float) if f.type in (kind, kind | None)), None)
 
 
@@ -55,7 +55,7 @@ def test_a_bad_value_names_its_flag(command, name, value):
 
 @pytest.mark.parametrize("command, f", [(c, f) for c, f in FLAGS if number(f)])
 def test_numbers_that_make_no_sense_are_refused(command, f):
-    """Steps, sizes and shares below zero: each number has a bound, but those where every number means something."""
+    """Such as steps, sizes and shares below zero. Each number has a bound, unless every number means something."""
     if f.name == "lora_scale":  # -1 is the update's opposite
         assert parse(command, [*NEEDED[command], "--lora_scale=-1"]).lora_scale == -1
     else:
@@ -70,9 +70,8 @@ def test_another_commands_flag_is_answered_with_the_right_one(command):
         if f.name in own:
             continue
         owner = next(c for c, g in FLAGS if g.name == f.name)
-        with pytest.raises(
-            UserError, match=rf"^--{f.name} is a flag of python -m {owner}, not of python -m {command}$"
-        ):
+        message = rf"^--{f.name} is a flag of python -m {owner}, not of python -m {command}$"
+        with pytest.raises(UserError, match=message):
             parse(command, [*NEEDED[command], f"--{f.name}", "1"])
 
 
@@ -99,28 +98,10 @@ def test_defaults_are_those_declared_and_settings_are_frozen(command):
 
 
 def test_values_arrive_with_their_types():
-    train = parse(
-        "train",
-        [
-            "--output_dir",
-            "x",
-            "--rank",
-            "8",
-            "--lora_alpha",
-            "4",
-            "--snr_gamma=5",
-            "--use_8bit_adam",
-            "--learning_rate",
-            "1e-4",
-        ],
-    )
-    assert (train.rank, train.lora_alpha, train.snr_gamma, train.use_8bit_adam, train.learning_rate) == (
-        8,
-        4.0,
-        5.0,
-        True,
-        1e-4,
-    )
+    words = ["--output_dir", "x", "--rank", "8", "--lora_alpha", "4", "--snr_gamma=5", "--learning_rate", "1e-4"]
+    train = parse("train", [*words, "--use_8bit_adam"])
+    assert (train.rank, train.lora_alpha, train.snr_gamma) == (8, 4.0, 5.0)
+    assert train.use_8bit_adam is True and train.learning_rate == 1e-4
     infer = parse("infer", ["--output_dir", "x", "--prompt", "a cat", "two", "--seed", "3", "--prompt", "dogs"])
     assert infer.prompt == ("a cat", "two", "dogs")
 
@@ -150,20 +131,20 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
         "    except SystemExit as left: print(left.code)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "2\n2\n2\n[]\n", done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 
-@pytest.mark.parametrize(
-    "command, name", [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name]
-)
+WORDS = [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name]
+
+
+@pytest.mark.parametrize("command, name", WORDS)
 def test_an_empty_word_is_refused(command, name):
-    """A shell's variable that is not set: as a path it would be the folder that one stands in."""
+    """It comes from a shell's variable that is not set. As a path it would be the folder that one stands in."""
     with pytest.raises(UserError, match=f"--{name}"):
         parse(command, [*NEEDED[command], f"--{name}", ""])
 

@@ -1,4 +1,4 @@
-"""The base with fewer kernels: diffusers' own modules compute the same, and so do Triton's kernels."""
+"""The base with fewer kernels computes what diffusers' own modules do, with PyTorch's kernels and with Triton's."""
 
 import copy
 import functools
@@ -17,32 +17,23 @@ SHAPES = [(2, 64, 6, 5, 8), (1, 320, 16, 16, 32), (2, 96, 40, 33, 32), (1, 1920,
 
 
 def test_the_fused_unet_equals_diffusers_own(unet):
-    """Output and every LoRA gradient, in fp64, where only a wrong formula is left to differ."""
+    """Output and every LoRA gradient, in fp64, because there only a wrong formula makes a difference."""
     plain = copy.deepcopy(unet)
     fused.fuse(unet, compiled=False)
     results = []
     for model in (plain, unet):
         adapters = inject_filled(model.double())
-        (xt, t, text), condition = unet_inputs()
-        kwargs = {
-            name: {k: v.double() if v.is_floating_point() else v for k, v in c.items()} for name, c in condition.items()
-        }
-        out = predict(model, ((xt.double(), t, text.double()), kwargs))
+        out = predict(model, unet_inputs(dtype=torch.float64))
         gradients = torch.autograd.grad(out.square().sum(), adapters.parameters)
         results.append([out, *gradients])
-    assert (
-        len(
-            {type(m).__name__ for m in unet.modules()}
-            & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}
-        )
-        == 4
-    )
+    wanted = {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}
+    assert wanted <= {type(m).__name__ for m in unet.modules()}
     for theirs, ours in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_the_fused_vae_equals_diffusers_own():
-    """Encoded with wrong statistics, every picture of the cache would be another one."""
+    """With wrong statistics every picture of the cache would be another one."""
     vae = AutoencoderKL.from_pretrained(PIPELINE / "vae").double()
     pixels = torch.randn(2, 3, 40, 56, dtype=torch.float64)
     with torch.inference_mode():
@@ -56,11 +47,11 @@ def test_nothing_of_diffusers_own_is_left(unet):
     """A module that was passed over would keep its activations, and the memory plan of a T4 would not hold."""
     fused.fuse(unet, compiled=False)
     left = {type(m).__name__ for m in unet.modules()} & {"GEGLU", "ResnetBlock2D", "Transformer2DModel", "SiLU"}
-    assert left <= {"SiLU"}  # of the time embedding
+    assert left <= {"SiLU"}  # the time embedding's
 
 
 def kept(function, *inputs):
-    """Bytes that autograd keeps for the backward, beside the inputs."""
+    """-> the bytes that autograd keeps for the backward besides the inputs, and the output"""
     saved, known = {}, {t.untyped_storage().data_ptr() for t in inputs if torch.is_tensor(t)}
 
     def pack(t):
@@ -89,9 +80,8 @@ def test_gradients_equal_finite_differences():
     x, weight, bias = rand(2, 6, 3, 2).requires_grad_(), rand(6), rand(6)
     for silu in (True, False):
         for shift in (None, weight, rand(2, 6)):
-            assert torch.autograd.gradcheck(
-                lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu, Plain), x
-            )
+            norm = lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu, Plain)
+            assert torch.autograd.gradcheck(norm, x)
     y = rand(2, 6, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: fused._Add.apply(x, y, bias, Plain), (x, y))
 
@@ -104,7 +94,7 @@ def test_without_a_gpu_compiled_kernels_are_refused_or_left_out():
 
 
 def test_an_older_gpu_is_told_and_served_by_pytorch(monkeypatch, capsys):
-    """A T4: Triton's compiler would die in the middle of the first step."""
+    """On a T4 Triton's compiler would die in the middle of the first step."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert not fused.wanted("auto", torch.device("cuda"))
@@ -113,11 +103,12 @@ def test_an_older_gpu_is_told_and_served_by_pytorch(monkeypatch, capsys):
         fused.wanted("on", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    "lack, message", [("triton", "is not installed"), ("gcc", "a C compiler"), ("Python.h", "Python's headers")]
-)
+LACKS = [("triton", "is not installed"), ("gcc", "a C compiler"), ("Python.h", "Python's headers")]
+
+
+@pytest.mark.parametrize("lack, message", LACKS)
 def test_what_triton_needs_is_asked_for_before_the_first_step(lack, message, monkeypatch, tmp_path):
-    """A slim container has a GPU and no gcc: the first kernel would end in a traceback of Triton's."""
+    """A slim container has a GPU and no gcc: the first kernel would end in one of Triton's tracebacks."""
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: lack != "triton")
@@ -136,7 +127,7 @@ def off(ours, theirs):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_tritons_geglu_equals_fp64(dtype, limit):
-    """Any width, also those that no block of columns divides."""
+    """In any width, also in those that no block of columns divides."""
     from data.models import triton_kernels
 
     for shape in ((2, 5, 48), (1, 7, 2560), (1, 1024, 10240)):
@@ -152,7 +143,7 @@ def test_tritons_geglu_equals_fp64(dtype, limit):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shift", ["none", "one", "each"])
 def test_tritons_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
-    """With a mean several deviations from zero, where sums of squares cancel, against autograd of PyTorch's own."""
+    """Against PyTorch's own autograd, with a mean several deviations from zero, where sums of squares cancel."""
     from data.models import triton_kernels
 
     *size, groups = shape

@@ -20,7 +20,7 @@ def steps(path):
 
 
 def test_a_resumed_run_goes_on_at_its_step(tmp_path):
-    """Killed at 5 with the state of 3: steps 4 and 5 come again and must not stand there twice."""
+    """Killed at 5 with the state of 3, the run does steps 4 and 5 again; they must not stand there twice."""
     path = tmp_path / "metrics.jsonl"
     write(path, 0, 1, 2, 3, 4, 5)
     with open(path, "a") as file:
@@ -30,7 +30,7 @@ def test_a_resumed_run_goes_on_at_its_step(tmp_path):
 
 
 def test_a_line_is_on_disk_when_its_step_is_done(tmp_path):
-    """Kept in a buffer, the last steps before a crash would be missing: those that matter."""
+    """If lines waited in a buffer, the last steps before a crash would be missing, which are those that matter."""
     path = tmp_path / "metrics.jsonl"
     with Metrics(path, 0, 10, torch.device("cpu")) as metrics:
         metrics.log(1, 4, loss=0.5, lr=1e-4)
@@ -46,7 +46,7 @@ def test_a_line_says_what_it_promises(tmp_path):
 
 
 def test_an_overflow_is_null_and_the_line_strict_json(tmp_path):
-    """Python reads its own Infinity; jq, JavaScript and pandas do not."""
+    """Python reads the Infinity that it writes; jq, JavaScript and pandas do not."""
     with Metrics(tmp_path / "m", 0, 10, torch.device("cpu")) as metrics:
         metrics.log(1, 4, loss=0.5, lr=1e-4, grad_norm=math.inf)
     line = json.loads((tmp_path / "m").read_text(), parse_constant=lambda word: pytest.fail(word))

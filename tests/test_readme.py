@@ -14,24 +14,12 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_is_in_the_table_of_its_command(command):
     table = README.split(f"**`python -m {command}`**")[1].split("\n\n")[1]
-    rows = {
-        cells[1].strip(): [c.strip() for c in cells[2:4]]
-        for line in table.splitlines()[2:]
-        if (cells := line.split("|"))
-    }
-    wanted = {}
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    wanted, words = {}, {MISSING: "required", False: "off", None: ""}
     for f in fields(COMMANDS[command]):
-        default = (
-            "required"
-            if f.default is MISSING
-            else "off"
-            if f.default is False
-            else ""
-            if f.default is None
-            else f"`{f.default}`"
-        )
-        wanted[f"`--{f.name}`"] = [default, f.metadata["meaning"]]
-    assert rows == wanted
+        word = next((word for default, word in words.items() if f.default is default), f"`{f.default}`")
+        wanted[f"`--{f.name}`"] = [word, f.metadata["meaning"]]
+    assert {row[1]: row[2:4] for row in cells} == wanted
 
 
 def test_links_and_targets_exist():
@@ -43,13 +31,11 @@ def test_links_and_targets_exist():
 
 
 def test_the_table_of_faults_names_tests_that_are_there():
-    """Thirty rows; a test renamed or gone would leave a promise that nobody keeps."""
-    names = {
-        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def test_(\w+)", path.read_text())
-    }
-    rows = [
-        line.split("|") for line in (ROOT / "tests" / "FAULTS.md").read_text().splitlines() if re.match(r"\| \d", line)
-    ]
+    """There are thirty rows. A test that is renamed or gone would leave a promise that nobody keeps."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = set(re.findall(r"def test_(\w+)", tests))
+    table = (ROOT / "tests" / "FAULTS.md").read_text()
+    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d", line)]
     assert [int(row[1]) for row in rows] == list(range(1, 31))
     for row in rows[:-1]:
         words = [word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", row[4]) if not word.startswith("test_")]

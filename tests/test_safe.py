@@ -18,14 +18,8 @@ from data.common import safe
 
 def python(code, *argv, **popen):
     """A process with `code` and without torch: it starts in a tenth of a second."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **popen,
-    )
+    argv = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.Popen(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
 def finish(process):
@@ -60,11 +54,15 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(tmp_path):
-    """Half a gigabyte each at SDXL's size, under a name that nobody sees."""
+    """At SDXL's size each would be half a gigabyte, under a name that nobody sees."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     (tmp_path / ".file2.other").write_bytes(b"not ours")
-    code = "import sys, time; from data.common.safe import atomic_write\nwith atomic_write(sys.argv[1]) as f: f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from data.common.safe import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as f:\n"
+        "    f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
+    )
     process = python(code, path)
     wait_for(process, "half")
     process.kill()
@@ -75,7 +73,7 @@ def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(t
 
 
 def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
-    """Renamed first, a power cut leaves an empty file under the final name."""
+    """If the file were renamed first, a power cut would leave an empty one under the final name."""
     done = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -89,7 +87,10 @@ def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_told_the_first_ones_pid_and_the_lock_dies_with_it(tmp_path):
-    code = "import sys, time; from data.common.safe import run_folder\nwith run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from data.common.safe import run_folder\n"
+        "with run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
     first = python(code, tmp_path / "run")
     wait_for(first, "held")
     for _ in range(2):  # being refused must not take the owner's name away
@@ -148,7 +149,7 @@ def test_every_outcome_has_its_exit_code_and_one_line(error, code, capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    """A file that is not there is no full disk: hidden behind a line about disks, nobody would find it."""
+    """A file that is not there is no full disk. Behind a line about disks nobody would find the bug."""
     with pytest.raises(FileNotFoundError):
         safe.run(lambda argv: open("/nowhere/at/all"), [])
 
@@ -201,7 +202,7 @@ def test_a_second_signal_ends_at_once(first, second):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_something_is_printed(signum):
-    """Its own line, printed in the middle of a progress bar's, was a RuntimeError in the middle of a step."""
+    """The handler's own line, printed while a progress bar prints, was a RuntimeError in the middle of a step."""
     code = """
 import sys
 from data.common import safe
@@ -229,13 +230,17 @@ def test_sha256_of_a_file(tmp_path):
 
 def test_it_needs_nothing_but_the_standard_library():
     """A mistyped flag must be answered before the seconds that torch takes."""
-    code = "import sys; before = set(sys.modules); import data.common.safe, data.common.flags; print([m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names | {'data'}])"
+    code = (
+        "import sys; before = set(sys.modules); import data.common.safe, data.common.flags; "
+        "new, ours = set(sys.modules) - before, sys.stdlib_module_names | {'data'}; "
+        "print([m for m in new if m.split('.')[0] not in ours])"
+    )
     assert finish(python(code))[:2] == (0, "[]\n")
     assert Path(safe.__file__).parent == ROOT / "data" / "common"
 
 
 def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
-    """torch's error is known by its name: torch is not imported for it. Any other RuntimeError keeps its traceback."""
+    """torch's error is told by its name, so torch is not imported for it. A bug's RuntimeError keeps its traceback."""
 
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")

@@ -1,4 +1,4 @@
-"""--buckets and --random_flip from the file to the batch: each picture at its size, each micro-batch of one size."""
+"""--buckets and --random_flip from the file to the batch: each picture in its bucket, each micro-batch of one."""
 
 import shutil
 import signal
@@ -60,7 +60,7 @@ def mixed(tmp_path_factory):
 
 
 def resized_and_cropped(image, shape):
-    """Written out once more: cover the shape, cut the middle. -> pixels, (top, left)"""
+    """Written out once more: cover the bucket, cut the middle. -> pixels, (top, left), the size before the cut"""
     width, height = image.size
     scale = max(shape[0] / height, shape[1] / width)
     new = [max(s, round(old * scale)) for s, old in zip(shape, (height, width))]
@@ -78,16 +78,14 @@ def test_each_picture_is_at_the_size_that_keeps_most_of_it(mixed):
         height, width = upright[name]
         kept = [h * w / (height * width * max(h / height, w / width) ** 2) for h, w in SHAPES]
         assert kept[record["size"]] >= max(kept) - 1e-9, name
-        assert (
-            record["time_ids"][:2].tolist() == [height, width]
-            and tuple(record["time_ids"][4:]) == SHAPES[record["size"]]
-        )
+        assert record["time_ids"][:2].tolist() == [height, width]
+        assert tuple(record["time_ids"][4:]) == SHAPES[record["size"]]
         used.add(int(record["size"]))
     assert used == {0, 1, 2} and len(cache) == MIXED == sum(map(len, cache.members))
 
 
 def test_moments_and_crops_are_those_of_the_upright_picture_at_its_size(mixed):
-    """Picture and mirror image, through diffusers' own VAE."""
+    """The picture's and its mirror image's, through diffusers' own VAE."""
     from diffusers import AutoencoderKL
 
     pictures, _, run = mixed
@@ -134,12 +132,14 @@ def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
         and all(one in facts[1] for one in facts[0])
         and len(samples) == len(SHAPES)
     )
+    assert all(one in known for one in used) and all(one in used for one in known)
+    assert len(samples) == len(SHAPES)
     assert samples[0]["x0"].shape == samples[0]["eps"].shape == (3, 4, 16, 16)
 
 
 @pytest.mark.slow
 def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
-    """Three steps of two sizes or more, in one run and in three."""
+    """Three steps of at least two buckets, in one run and in three."""
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=1)
     cache = Cache(mixed[2] / "cache")
@@ -158,7 +158,7 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
 def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_batches, monkeypatch):
     real, few = VAE._finish, tmp_path / "few"
     few.mkdir()
-    for path in sorted(mixed[0].iterdir())[:48]:  # a caption beside each
+    for path in sorted(mixed[0].iterdir())[:48]:  # pictures and their captions
         shutil.copy(path, few)
     flags = ("--resolution", RESOLUTION, "--buckets")
     precompute(tmp_path / "whole", few, *flags)
@@ -166,7 +166,7 @@ def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_
     killed = tmp_path / "killed"
     argv = ("--output_dir", killed, "--train_data_dir", few, *PRECOMPUTE, *flags)
     process = Forked("data.precompute", argv, tmp_path / "log")
-    keys = killed / "cache" / "moments-128x64.keys"  # the second size
+    keys = killed / "cache" / "moments-128x64.keys"  # the second bucket's
     when(lambda: keys.exists() and keys.stat().st_size >= 36 * 2, process)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (killed / "cache" / "manifest.json").exists()
@@ -178,7 +178,7 @@ def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_
 
 
 def test_a_mirror_image_comes_with_its_own_crop(tmp_path):
-    """Three pixels to spare: one left of the crop and two right of it, in the mirror image the other way round."""
+    """Three pixels are to spare: one left of the crop and two right of it, in the mirror image the other way round."""
     folder = tmp_path / "d"
     folder.mkdir()
     random = np.random.default_rng(0)

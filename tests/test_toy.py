@@ -38,7 +38,7 @@ SCENES = [random_scene(seed) for seed in range(900, 924)]
 
 @pytest.fixture(scope="module")
 def renders():
-    """{style: true pictures of SCENES}, of seeds that no reference uses."""
+    """{style: true pictures of SCENES}, from seeds that no reference uses."""
     return {style: [render(scene, style, 40 + i) for i, scene in enumerate(SCENES)] for style in STYLES}
 
 
@@ -80,13 +80,8 @@ def test_captions_are_read_back_and_nothing_else_is():
     for scene in (Scene(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES):
         assert parse(caption(scene)) == scene
     assert caption(Scene("owl", "orange", "night")) == "an orange owl at night"
-    for text in (
-        "",
-        "a red fox",
-        "a red dog in the forest",
-        "a red fox in the forest, pencil sketch",
-        " a red fox in the forest",
-    ):
+    fox = "a red fox in the forest"
+    for text in ("", "a red fox", "a red dog in the forest", f"{fox}, pencil sketch", f" {fox}"):
         with pytest.raises(ValueError, match="toy world"):
             parse(text)
 
@@ -127,7 +122,8 @@ def test_a_complete_set_is_left_alone_and_an_unfinished_one_is_drawn(tmp_path):
 
 
 def test_drawing_imports_nothing_heavy():
-    code = "import sys, data.toy.draw; sys.exit(bool({'torch', 'diffusers', 'transformers', 'datasets'} & set(sys.modules)))"
+    heavy = "{'torch', 'diffusers', 'transformers', 'datasets'}"
+    code = f"import sys, data.toy.draw; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -162,11 +158,10 @@ def test_examples_tell_the_truth_in_their_time_ids():
 @pytest.mark.slow
 def test_true_pictures_score_as_what_they_are(renders, classify):
     for style in ("base", "ink"):
-        colours = [
-            measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in zip(renders[style], SCENES)
-        ]
+        shown = list(zip(renders[style], SCENES))
+        colours = [measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in shown]
         assert np.mean(colours) >= 0.95
-        assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], SCENES)]) >= 0.95
+        assert np.mean([classify(image) == s.subject for image, s in shown]) >= 0.95
 
 
 def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
@@ -187,16 +182,10 @@ def test_scores_come_out_bad_for_bad_pictures(renders, classify):
         for s in SCENES
     ]
     for style in ("base", "ink"):
-        assert np.mean([classify(image) == s.subject for image, s in zip(renders[style], wrong_scenes)]) < 0.1
-        assert (
-            np.mean(
-                [
-                    measure.colour_of(image, s.subject, s.place, style) == s.colour
-                    for image, s in zip(renders[style], wrong_scenes)
-                ]
-            )
-            < 0.2
-        )
+        shown = list(zip(renders[style], wrong_scenes))
+        colours = [measure.colour_of(image, s.subject, s.place, style) == s.colour for image, s in shown]
+        assert np.mean([classify(image) == s.subject for image, s in shown]) < 0.1
+        assert np.mean(colours) < 0.2
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for i in range(24)]
     blank = [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))] * 24
     for images in (noise, blank):
@@ -207,22 +196,15 @@ def test_scores_come_out_bad_for_bad_pictures(renders, classify):
 @pytest.mark.slow
 def test_a_grey_picture_of_the_right_shape_loses_its_colour_only(renders, classify):
     grey = [image.convert("L").convert("RGB") for image in renders["base"]]
-    coloured = [i for i, s in enumerate(SCENES) if s.colour != "white"]
-    assert (
-        np.mean(
-            [
-                measure.colour_of(grey[i], SCENES[i].subject, SCENES[i].place, "base") == SCENES[i].colour
-                for i in coloured
-            ]
-        )
-        < 0.3
-    )
+    coloured = [(image, s) for image, s in zip(grey, SCENES) if s.colour != "white"]
+    colours = [measure.colour_of(image, s.subject, s.place, "base") == s.colour for image, s in coloured]
+    assert np.mean(colours) < 0.3
     assert np.mean([classify(image) == s.subject for image, s in zip(grey, SCENES)]) >= 0.95
 
 
 @pytest.mark.slow
 def test_an_untrained_lora_scores_badly(tmp_path):
-    """Through the real files: a run whose LoRA is fresh draws the base's pictures, and the scores say so."""
+    """Through the real files: a run whose LoRA is fresh draws the base's pictures, and its scores say so."""
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DConditionModel
 
@@ -237,9 +219,8 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     model = {"name": str(PIPELINE), "revision": None, "variant": None}
     scaling_factor = Model(str(PIPELINE)).part("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()
-    write_index(
-        tmp_path / "cache", np.zeros(0, INDEX), [], {"model": model, "vae": model, "scaling_factor": scaling_factor}
-    )
+    facts = {"model": model, "vae": model, "scaling_factor": scaling_factor}
+    write_index(tmp_path / "cache", np.zeros(0, INDEX), [], facts)
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
     for i, prompt in enumerate(PROMPTS):
@@ -264,16 +245,11 @@ def test_the_pipeline_has_sdxls_layout_and_size():
     unet = json.loads((PIPELINE / "unet" / "config.json").read_text())
     assert unet["down_block_types"] == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
     assert unet["up_block_types"] == ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
-    assert (
-        unet["layers_per_block"] == 2 and unet["addition_embed_type"] == "text_time" and unet["use_linear_projection"]
-    )
+    assert unet["layers_per_block"] == 2 and unet["use_linear_projection"]
+    assert unet["addition_embed_type"] == "text_time"
     scheduler = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (
-        0.00085,
-        0.012,
-        "scaled_linear",
-    )
-    assert scheduler["prediction_type"] == "epsilon"
+    assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
+    assert (scheduler["beta_schedule"], scheduler["prediction_type"]) == ("scaled_linear", "epsilon")
 
 
 def test_captions_embed_differently_and_the_vae_reconstructs(renders):
@@ -285,22 +261,19 @@ def test_captions_embed_differently_and_the_vae_reconstructs(renders):
     from data.toy.score import as_pixels, through_vae
 
     encoders = TextEncoders(Model(str(PIPELINE)), "no").load("cpu")
-    text, pooled = encoders(
-        ["a red fox in the forest", "a blue fox in the forest", "a red fox at night", "Zebra ünïcode 日本"]
-    )
+    captions = ["a red fox in the forest", "a blue fox in the forest", "a red fox at night", "Zebra ünïcode 日本"]
+    text, pooled = encoders(captions)
     for i in range(4):
         for j in range(i):
-            assert not torch.allclose(text[i], text[j], atol=1e-2) and not torch.allclose(
-                pooled[i], pooled[j], atol=1e-2
-            )
+            assert not torch.allclose(text[i], text[j], atol=1e-2)
+            assert not torch.allclose(pooled[i], pooled[j], atol=1e-2)
 
     vae = load(AutoencoderKL, Model(str(PIPELINE)).part("vae"), torch.float32, "cpu")
     for style, most in (("base", 0.03), ("ink", 0.037)):  # mean absolute error, -1..1; it is 0.022 and 0.027
         true = renders[style][:8]
         given = as_pixels(through_vae(vae, true)).float() / 127.5
-        errors = torch.stack(
-            [(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true]
-        )  # (true, given)
+        errors = [(given - as_pixels([t]).float() / 127.5).abs().mean(dim=(1, 2, 3)) for t in true]
+        errors = torch.stack(errors)  # (true, given)
         assert errors.diag().mean() < most
         assert (errors.argmin(dim=0) == torch.arange(8)).all()
 
@@ -346,10 +319,11 @@ def test_the_trainer_learns_and_goes_on_from_its_state(tmp_path):
     def make():
         torch.manual_seed(1)
         layers = torch.nn.Linear(3, 1), torch.nn.Linear(2, 2)  # the second is not used, as CLIP's last layer is not
-        inputs = {"x": torch.randn(64, 3)}
-        return Trainer(
-            layers, lambda x: (layers[0](x)[:, 0] - x.sum(dim=1)).square().mean().view(1), inputs, torch.float32
-        )
+
+        def terms(x):
+            return (layers[0](x)[:, 0] - x.sum(dim=1)).square().mean().view(1)
+
+        return Trainer(layers, terms, {"x": torch.randn(64, 3)}, torch.float32)
 
     trainer = make()
     start = [w.clone() for w in trainer.weights]
@@ -364,10 +338,8 @@ def test_the_trainer_learns_and_goes_on_from_its_state(tmp_path):
     again.load(tmp_path / "state", 200)
     again.prepare()
     assert again.steps == 200
-    assert all(
-        torch.allclose(a, b, atol=1e-3)
-        for a, b in zip(trainer.weights + trainer.average, again.weights + again.average)
-    )
+    saved, loaded = trainer.weights + trainer.average, again.weights + again.average
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(saved, loaded))
     assert again.step(0.0, 0.9).item() < 0.01 * losses[0]
 
 
@@ -392,10 +364,8 @@ def test_pretraining_in_pieces_makes_a_pipeline(tmp_path):
     from data.encoders import TextEncoders
     from data.models.files import Model
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", PIECES, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    environment, argv = {**os.environ, "HF_HUB_OFFLINE": "1"}, [sys.executable, "-c", PIECES, str(tmp_path)]
+    result = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     pieces = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("PIECE")]
     vae_steps, done, unet_steps = zip(*pieces)
