@@ -1,4 +1,4 @@
-"""The captured micro-step against the one started from Python: the same numbers, whatever the batch and the loss scale."""
+"""The captured micro-step against the one started from Python: the same numbers for any batch and loss scale."""
 
 import json
 import shutil

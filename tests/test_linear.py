@@ -70,7 +70,7 @@ def test_base_of_any_dtype_is_computed_in_it(dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 1e-2)])
 def test_output_and_gradients_equal_those_of_the_plain_formula(dtype, tolerance):
-    """The layer takes fewer kernels and writes its gradients by hand; autograd of the three plain lines is the judge."""
+    """The layer takes fewer kernels and writes its gradients by hand; autograd of the plain lines is the judge."""
     adapted = layer(nn.Linear(12, 8)).to(dtype)
     x, weight = torch.randn(15, 12).to(dtype), torch.randn(15, 8).to(dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]

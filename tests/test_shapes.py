@@ -119,7 +119,7 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
 
 
 def test_every_shape_that_is_drawn_is_known_before_the_first_step(mixed):
-    """Memory is planned for the first of them and a graph captured for each: one left out ends the run when it comes."""
+    """Memory is planned for the first of them and a graph captured for each: one left out would end the run."""
     batches = Batches(Cache(mixed[2] / "cache"), settings("train", train_batch_size=3), 1000)
     samples = batches.one_of_each_bucket()
     drawn = [batches.draw(step, 0) for step in range(60)]

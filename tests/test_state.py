@@ -57,7 +57,7 @@ def adamw8bit(*args, **kwargs):
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, adamw8bit])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_going_on_equals_never_having_stopped(kind, fp16, tmp_path):
-    """Bit for bit: a moment, a quantile map, a step count or the loss scale forgotten would show after the next step."""
+    """Bit for bit: a moment, quantile map, step count or loss scale that is forgotten shows after the next step."""
     straight = Setup(kind=kind, fp16=fp16)
     for number in range(3):
         straight.step(number)
@@ -129,7 +129,7 @@ FREE = {
 
 
 def test_every_flag_but_the_seven_that_may_change_is_held(tmp_path):
-    """Resumed with another seed or cache, a run is a mixture that nobody can repeat; a new flag is held until said otherwise."""
+    """Resumed with another seed or cache, a run is a mixture that nobody can repeat. New flags are held as well."""
     Setup().step(0).save(tmp_path, 1)
     assert IDENTITY.keys() > FREE
     for name, value in IDENTITY.items():
