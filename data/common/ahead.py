@@ -1,11 +1,11 @@
-"""Work that is begun before its result is asked for; results come in the order of the items."""
+"""Work that is begun before its result is asked for. Results come in the order of the items."""
 
 import collections
 from concurrent.futures import Future
 
 
 def behind(start, finish, items, most):
-    """Yields finish(start(item)) for each item, `most` items behind: so many are started and not finished."""
+    """Yield finish(start(item)) for each item, with up to `most` later items started before it is finished."""
     started = collections.deque()
     for item in items:
         started.append(start(item))
@@ -16,5 +16,5 @@ def behind(start, finish, items, most):
 
 
 def ahead(pool, work, items, most):
-    """work(item) for each item, computed by the pool at most `most` items before it is asked for."""
+    """Yield work(item) for each item, computed in the pool, with up to `most` later items given to the pool before."""
     return behind(lambda item: pool.submit(work, item), Future.result, items, most)

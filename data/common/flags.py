@@ -1,4 +1,4 @@
-"""Every flag of the three commands, once: name, default and meaning on one line. Standard library only.
+"""Every flag of the three commands, once: its name, default and meaning on one line. Standard library only.
 
 The names are those of diffusers' training scripts. A flag given to the wrong command is answered with the right one.
 """
@@ -12,7 +12,7 @@ from data.common.safe import UserError, is_text
 
 
 def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
-    """A dataclass field that is also a command-line flag; the bounds are checked before anything is loaded."""
+    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded."""
     return field(
         default=default,
         metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above),
@@ -29,14 +29,14 @@ class Precompute:
 
     output_dir: str = flag(MISSING, "the run's folder; the cache goes to its cache/")
     pretrained_model_name_or_path: str = flag(MISSING, "SDXL model: a hub id or a local folder in diffusers' layout")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE in place of the model's own")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE instead of the model's own")
     revision: str | None = flag(None, "the model's branch, tag or commit on the hub")
     variant: str | None = flag(
         None, "weights variant; default: fp16 where the model has one, unless --mixed_precision no"
     )
     dataset_name: str | None = flag(None, "a dataset on the hub, or a folder written by datasets' save_to_disk")
     train_data_dir: str | None = flag(
-        None, "a folder of images with metadata.jsonl, or with a .txt caption beside each"
+        None, "a folder of images with metadata.jsonl, or with a .txt caption next to each"
     )
     image_column: str = flag("image", "the dataset's column of images")
     caption_column: str = flag("text", "the dataset's column of captions")
@@ -45,14 +45,14 @@ class Precompute:
         1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64
     )
     buckets: bool = flag(
-        False, "keep proportions: shapes up to 2:1 of about resolution² pixels, in steps of 64, in place of the square"
+        False, "keep proportions: buckets up to 2:1 of about resolution² pixels, in steps of 64, instead of the square"
     )
     random_flip: bool = flag(False, "cache each image mirrored as well; training draws one of the two")
     validation_fraction: float = flag(
         0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5
     )
     skip_bad: bool = flag(
-        False, "leave out rows that cannot be used, and list them in the manifest, in place of stopping"
+        False, "leave out rows that cannot be used, and list them in the manifest, instead of stopping"
     )
     explain: bool = flag(False, "say what would be encoded and why, and do nothing")
     mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
@@ -92,12 +92,12 @@ class Train:
         "auto", "kernels compiled by Triton: where the GPU can, must, or not at all", choices=("auto", "on", "off")
     )
     no_cuda_graph: bool = flag(
-        False, "start every kernel from Python in place of replaying a recorded graph: slower, for debugging"
+        False, "start every kernel from Python instead of replaying a captured graph: slower, for debugging"
     )
     deterministic: bool = flag(
         False, "the same command gives the same bits on a GPU as well, as it does on a CPU; slower"
     )
-    use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit in place of torch's AdamW")
+    use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit instead of torch's AdamW")
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
     checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1)
@@ -125,12 +125,12 @@ COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse prints the whole usage first; the user needs the one line
+    def error(self, message):  # argparse would print the whole usage first, and the user needs the one line
         raise UserError(f"{message} (see --help)")
 
 
 def parse(command, argv):
-    """argv -> the command's frozen settings. Raises UserError naming the flag that is unknown, missing or out of bounds."""
+    """argv -> the command's frozen settings. Raises UserError naming a flag that is unknown, missing or wrong."""
     settings = COMMANDS[command]
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
@@ -172,9 +172,8 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
-        if (
-            word == "" and "prompt" not in f.name
-        ):  # a shell's variable that is not set; as a path it is the folder one is in
+        if word == "" and "prompt" not in f.name:
+            # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
             raise UserError(f"--{f.name}: empty")
     if value is None or isinstance(value, (bool, str, list)):
         return

@@ -1,6 +1,6 @@
-"""What every command needs around its work: errors a user can act on, files that are never half written, one run per folder.
+"""What every command needs around its work: errors that a user can act on, whole files, one command at a time per run.
 
-Standard library only, so that any layer may import it and a mistyped flag is answered before torch is imported.
+Standard library only, so that every layer may import it and a mistyped flag is answered before torch is imported.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ class Stopped(UserError):
 
 
 def run(main, argv):
-    """Run a command's `main(argv)` and leave the process with the exit code that its outcome has."""
-    # On import these report optional parts that nothing here uses.
+    """Run a command's `main(argv)` and end the process with the exit code of its outcome."""
+    # On import these two report optional parts that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     before = {signum: signal.signal(signum, _leave) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -57,15 +57,13 @@ def run(main, argv):
         full = out_of_memory(error)
         if not full:
             raise
-        knobs, reason = (
-            "use a smaller --vram_gib, --train_batch_size, --rank or --resolution",
-            str(error).split("\n")[0],
-        )
+        knobs = "use a smaller --vram_gib, --train_batch_size, --rank or --resolution"
+        reason = str(error).split("\n")[0]
         sys.exit(_report(f"the {full} is out of memory: {knobs} ({reason})", 3))
     except KeyboardInterrupt:
         sys.exit(_report("interrupted; run the same command to go on", 130))
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # of a flag's value
+        if error.errno == errno.ENAMETOOLONG:  # a flag's value was taken for a path
             sys.exit(_report(f"{str(error.filename)[:60]}…: {error.strerror}", 2))
         if error.errno not in DISK_ERRORS:
             raise
@@ -73,16 +71,18 @@ def run(main, argv):
         if error.filename:
             where = f" {error.filename}"
             free = f", {free_space(Path(error.filename).parent) / 2**20:.0f} MiB are free there"
-        sys.exit(
-            _report(f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command", 3)
-        )
+        message = f"the disk refused to write{where}: {error.strerror}{free}; free some and run the same command"
+        sys.exit(_report(message, 3))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
 def out_of_memory(error):
-    """What is: "GPU" or "machine"; None for other errors. By the words of torch, which is not imported here."""
+    """Whose memory ran out in this error: "GPU", "machine", or None when it is another error.
+
+    It is told by torch's words, because torch is not imported here.
+    """
     if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
         return "GPU"
     words = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
@@ -90,14 +90,17 @@ def out_of_memory(error):
 
 
 def _leave(signum, _frame):
-    """Until there is something to save (Signals): end at once. An exception would end C++ that is being imported by abort()."""
+    """End at once, which is right until there is something to save (Signals).
+
+    An exception instead would make C++ code that is being imported call abort().
+    """
     _say("error: interrupted; run the same command to go on")
     os._exit(128 + signum)
 
 
 def _say(line):
-    """Write to stderr from a signal's handler: a print() would raise when it interrupts another one."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    """Write to stderr from a signal's handler, where a print() would raise if it interrupted another one."""
+    with contextlib.suppress(OSError):  # raised when nobody reads stderr any more
         os.write(2, f"{line}\n".encode())
 
 
@@ -110,7 +113,7 @@ def _report(message, code):
 
 
 class Signals:
-    """Ask a loop to stop: the first SIGINT or SIGTERM is remembered in `received`, a second one ends the process at once."""
+    """Ask a loop to stop: `received` is the first SIGINT or SIGTERM; a second one ends the process at once."""
 
     def __init__(self):
         self.received = None
@@ -129,7 +132,7 @@ UNFINISHED = ".unfinished"  # a temporary file is .NAME.xxxxxxxx.unfinished
 
 @contextlib.contextmanager
 def naming(path):
-    """An OSError in here says that it is about `path`: a write through a buffer does not know, nor does its close()."""
+    """Make an OSError in here name `path`, because a write through a buffer and its close() do not know their file."""
     try:
         yield
     except OSError as error:
@@ -139,7 +142,7 @@ def naming(path):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; after the block it is on disk under its final name, or `path` is untouched."""
+    """Open a temporary file next to `path`. After the block it is on disk under that name, or `path` is untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = partial(tempfile.NamedTemporaryFile, mode, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False)
@@ -157,7 +160,7 @@ def atomic_write(path, mode="wb"):
 
 
 def sync_folder(folder):
-    """Make the names in `folder` durable: without it a rename can be undone by a power cut."""
+    """Make the names in `folder` durable, because without it a power cut can undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -170,10 +173,10 @@ PARTS = ("cache", "state", "compare", "metrics.jsonl", "lora.safetensors")  # of
 
 @contextlib.contextmanager
 def run_folder(path, writes=PARTS):
-    """Create the run's folder and hold it: one command at a time. The lock dies with its owner.
+    """Create the run's folder and lock it, so that one command at a time works on it. The lock dies with its owner.
 
-    writes: the parts that the command writes; the others may lie on a disk that cannot be written.
-    Raises UserError when `path` or a part is of the wrong kind, cannot be written, or another command works on it.
+    writes: the parts that this command writes; the others may lie on a disk that cannot be written. Raises UserError
+    when `path` or a part is of the wrong kind or cannot be written, or when another command works on it.
     """
     path = Path(path)
     try:
@@ -197,7 +200,7 @@ def run_folder(path, writes=PARTS):
 
 
 def _check_parts(run, writes):
-    """Raise UserError when a part of the run's folder is not what it must be; remove what killed writers left."""
+    """Raise UserError when a part of the run's folder is not what it must be. Remove what killed writers left."""
     for part in (run / name for name in PARTS):
         right = part.is_file() if part.suffix else part.is_dir()
         if part.exists() and not (right and (part.name not in writes or os.access(part, os.W_OK))):
@@ -209,17 +212,17 @@ def _check_parts(run, writes):
 
 
 def printable(string):
-    """With "?" for what cannot be written as UTF-8: half of a surrogate pair, bytes of another encoding in a file's name."""
+    """The string with "?" for what UTF-8 cannot hold: half a surrogate pair, or another encoding's bytes in a name."""
     return string.encode("utf-8", "replace").decode()
 
 
 def is_text(string):
-    """Whether all of it can be written as UTF-8."""
+    """Whether all of the string can be written as UTF-8."""
     return printable(string) == string
 
 
 def free_space(folder):
-    """Bytes free where `folder` is or will be."""
+    """Bytes that are free where `folder` is or will be."""
     folder = Path(folder).absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
@@ -232,13 +235,13 @@ def need_space(folder, needed, what):
 
 
 def free_memory():
-    """Bytes of RAM that programs can still have; a container's own limit is not looked at."""
+    """Bytes of RAM that programs can still have. A container's own limit is not looked at."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines.get("MemAvailable", lines["MemFree"]).split()[0]) * 1024
 
 
 def need_memory(needed, what):
-    """Raise MachineError when less than `needed` bytes of RAM can be had: Linux ends who takes more, without a word."""
+    """Raise MachineError when less than `needed` bytes of RAM are free, because Linux just ends who takes more."""
     free = free_memory()
     if needed > free:
         raise MachineError(
