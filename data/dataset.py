@@ -1,4 +1,4 @@
-"""Any source of pictures and captions -> a sequence of examples, each read only when asked for."""
+"""Any source of pictures and captions -> a sequence of examples, each of them read when it is asked for."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption. `source` is the file's bytes or its path; `name` is what messages call it."""
+    """One picture with its caption. `source` is the file's bytes or its path; messages call it by `name`."""
 
     name: str
     source: bytes | Path
     caption: str
 
     def data(self):
-        """The picture's bytes, as they are in the file."""
+        """The bytes of the picture's file."""
         try:
             return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         except OSError as error:
@@ -28,7 +28,7 @@ class Example:
 
 
 class Examples:
-    """A sequence of Examples. read(number) -> (path or None, bytes or None, caption), of `length` rows."""
+    """A sequence of `length` Examples. read(index) -> (path or None, bytes or None, caption)"""
 
     def __init__(self, read, length, folder=None):
         self.read, self.length, self.folder = read, length, folder
@@ -36,19 +36,19 @@ class Examples:
     def __len__(self):
         return self.length
 
-    def name(self, number):
-        """What messages call it: its path below the folder."""
-        return self._name(number, self.read(number)[0])
+    def name(self, index):
+        """The name that messages call an example by: its path below the folder."""
+        return self._name(index, self.read(index)[0])
 
-    def _name(self, number, path):
+    def _name(self, index, path):
         if not path:
-            return f"row {number}"
+            return f"row {index}"
         name = os.path.relpath(path, self.folder) if self.folder else Path(path).name
-        return printable(name)  # Linux allows any bytes in a name, a terminal does not
+        return printable(name)  # because Linux allows any bytes in a name, and a terminal does not
 
-    def __getitem__(self, number):
-        path, data, caption = self.read(number)
-        name = self._name(number, path)
+    def __getitem__(self, index):
+        path, data, caption = self.read(index)
+        name = self._name(index, path)
         if not path and data is None:
             raise UserError(f"{name}: no image in it")
         if not isinstance(caption, str):
@@ -59,9 +59,9 @@ class Examples:
 
 
 def open_examples(settings):
-    """What the flags name, in its own order.
+    """The Examples of the source that the flags name, in the source's own order.
 
-    Raises UserError naming the flag, and the columns or splits there are.
+    Raises UserError naming the flag, and the columns or splits that there are.
     """
     if (settings.dataset_name is None) == (settings.train_data_dir is None):
         raise UserError("give one of --dataset_name and --train_data_dir")
@@ -77,7 +77,7 @@ def open_examples(settings):
 
 
 def _dataset(flag, name, image_column, caption_column):
-    """A dataset of the hub, or of save_to_disk: split "train", or the only one. -> (read, length) of Examples"""
+    """A dataset of the hub or of save_to_disk, its split "train" or the only one. -> (read, length) for Examples"""
     import datasets
     import pyarrow
 
@@ -85,9 +85,9 @@ def _dataset(flag, name, image_column, caption_column):
     saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except IndexError:  # how datasets answers a saved dataset of no rows
+    except IndexError:  # raised by datasets for a saved dataset that has no rows
         return None, 0
-    # RuntimeError: a dataset that is a script
+    # RuntimeError: the dataset is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if getattr(error.__cause__ or error, "errno", None) in DISK_ERRORS:
             raise (error.__cause__ or error) from None
@@ -102,17 +102,16 @@ def _dataset(flag, name, image_column, caption_column):
             raise UserError(f"{which} {column}: not in the dataset, which has {', '.join(loaded.column_names)}")
     if image_column == caption_column:
         raise UserError(f"--image_column and --caption_column are both {image_column}; name one of each")
-    if not len(loaded):  # what follows fails on it inside datasets
+    if not len(loaded):  # because what follows fails inside datasets when there are no rows
         return None, 0
-    try:  # decode=False: the bytes come as they are in the file, so that we decide about broken pictures and orientation
-        rows = loaded.select_columns([image_column, caption_column]).cast_column(
-            image_column, datasets.Image(decode=False)
-        )
+    as_in_the_file = datasets.Image(decode=False)  # so that broken pictures and orientation are decided about here
+    try:
+        rows = loaded.select_columns([image_column, caption_column]).cast_column(image_column, as_in_the_file)
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"--image_column {image_column}: holds no images ({str(error).splitlines()[0]})") from None
 
-    def read(number):
-        row = rows[number]
+    def read(index):
+        row = rows[index]
         image = row[image_column] or dict(path=None, bytes=None)
         return image["path"], image["bytes"], row[caption_column]
 
@@ -120,19 +119,20 @@ def _dataset(flag, name, image_column, caption_column):
 
 
 def _folder(flag, folder, caption_column):
-    """Images with metadata.jsonl or .csv (datasets' image folder), or each with a .txt. -> (read, length) of Examples
+    """Images with a metadata.jsonl or .csv, as in datasets' image folders, or each with a .txt next to it.
 
-    Read here and not by `datasets`, which drops a row whose file is missing without a word.
+    They are read here and not by `datasets`, because it drops a row whose file is missing without a word.
+    -> (read, length) for Examples
     """
     if not folder.is_dir():
         raise UserError(f"{flag}: no such folder")
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is None:
         paths = _images(flag, folder)
-        captions = [_text_beside(path) for path in paths]
+        captions = [_caption_of(path) for path in paths]
     else:
         paths, captions = _table(table, caption_column)
-    return lambda number: (paths[number], None, captions[number]), len(paths)
+    return lambda index: (paths[index], None, captions[index]), len(paths)
 
 
 def _table(table, caption_column):
@@ -140,12 +140,12 @@ def _table(table, caption_column):
     paths, captions = [], []
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
-            for line in (
-                map(json.loads, filter(str.strip, file))
-                if table.suffix == ".jsonl"
-                else csv.DictReader(file, strict=True, skipinitialspace=True)
-            ):
-                if "file_name" in line and None in line and any(line[None]):  # csv's way with more fields than columns
+            if table.suffix == ".jsonl":
+                lines = map(json.loads, filter(str.strip, file))
+            else:
+                lines = csv.DictReader(file, strict=True, skipinitialspace=True)
+            for line in lines:
+                if "file_name" in line and None in line and any(line[None]):  # csv puts surplus fields under None
                     raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
                 paths.append(str(table.parent / line["file_name"]))
                 captions.append(line[caption_column])
@@ -170,7 +170,7 @@ def _images(flag, folder):
     return paths
 
 
-def _text_beside(path):
+def _caption_of(path):
     text = Path(path).with_suffix(".txt")
     if not text.is_file():
         raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
