@@ -1,17 +1,16 @@
 """The on-disk cache: what precompute writes and training reads.
 
-    RUN/cache/manifest.json     what it was made from and with; written last: without it there is no cache
-              index.npy         one record per example: which rows below are its own, and its time ids
-              names.txt         one line per example: what messages call it
-              moments-HxW.rows  VAE posterior, (2, 4, h, w): mean and standard deviation, unscaled
+    RUN/cache/manifest.json     what the cache was made from and with; written last, so without it there is no cache
+              index.npy         one record per example: the places of its rows in the files below, and its time ids
+              names.txt         one line per example: the name that messages call it by
+              moments-HxW.rows  posteriors of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
               captions.rows     text (77, 2048) and pooled (1280,), flat, once per distinct caption
-              *.keys            per row: sha256 of all it was made of, and a checksum of its bytes
+              *.keys            per row: the sha256 of all it was made of, and a checksum of its bytes
 
-Rows are found by what they were made of. A row that is there is never made again; one whose caption, picture, model or
-size changed has another key, so it cannot be taken for what it is not.
+A row is found by what it was made of. One that is there is never made again, and one whose caption, picture, model or
+bucket changed has another key, so that it cannot be taken for what it is not.
 """
 
-import collections
 import errno
 import hashlib
 import io
@@ -30,19 +29,19 @@ from data.common.ahead import ahead
 from data.common.safe import MachineError, UserError, atomic_write, naming, sha256_file
 
 VERSION = 2
-COMMIT_SECONDS = 1  # what a killed writer has to do again, beside what the encoders have under way
+COMMIT_SECONDS = 1  # of work that a killed writer has to do again, besides the batches that the encoders have under way
 KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
 INDEX = np.dtype(
     [
-        ("size", "<u2"),  # number of its (height, width) in the manifest's sizes
-        ("picture", "<i4"),  # position in that size's moments
-        ("mirrored", "<i4"),  # the mirror image's; the picture's own without --random_flip
-        ("caption", "<i4"),  # position in captions
+        ("size", "<u2"),  # index of its bucket in the manifest's sizes
+        ("picture", "<i4"),  # index of its row in that bucket's posteriors
+        ("mirrored", "<i4"),  # the same for the mirror image; without --random_flip the picture's own
+        ("caption", "<i4"),  # index of its row in captions
         ("held_out", "?"),  # not for training
         ("time_ids", "<i4", (6,)),
         ("mirrored_time_ids", "<i4", (6,)),
-        ("image_digest", "S16"),  # of the file's bytes and of the caption: what a later precompute tells changes by
-        ("caption_digest", "S16"),
+        ("image_digest", "S16"),  # of the file's bytes: a later precompute tells by it whether the picture changed
+        ("caption_digest", "S16"),  # the same for the caption
     ]
 )
 
@@ -50,8 +49,8 @@ INDEX = np.dtype(
 class Rows:
     """Rows of one shape in one file, fp16, memory-mapped, found by key.
 
-    A row counts from the moment its key is on disk, after its bytes. What lies behind the last key is what a killed
-    writer left; it is overwritten.
+    A row counts from the moment that its key is on disk, where its bytes already are. What lies behind the last key was
+    left by a killed writer and is overwritten.
     """
 
     def __init__(self, folder, name, shape):
@@ -76,12 +75,12 @@ class Rows:
         return len(self.keys)
 
     def room(self, count):
-        """Bytes of the disk that `count` more rows take, beside what a killed writer has claimed already."""
+        """Bytes that `count` more rows take on the disk, besides those that a killed writer has claimed already."""
         claimed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         return max(0, (len(self) + count) * self.row_bytes - claimed)
 
     def find(self, keys):
-        """Positions (n,) of keys (n,) S32, -1 where there is none."""
+        """Indices (n,) of the rows that have the keys (n,) S32, -1 for a key that is not there."""
         if self._order is None:
             self._order = np.argsort(self.keys["key"], kind="stable")
         if not len(self):
@@ -89,27 +88,27 @@ class Rows:
         nearest = self._order[np.searchsorted(self.keys["key"], keys, sorter=self._order).clip(max=len(self) - 1)]
         return np.where(self.keys["key"][nearest] == keys, nearest, -1)
 
-    def read(self, positions):
-        """The rows at `positions`, stacked: a copy. Their pages go back to the system, so that memory does not grow with use."""
-        rows = np.stack([self[position] for position in positions])
+    def read(self, indices):
+        """A copy of the rows at `indices`, stacked. Their pages go back to the system, so that memory does not grow."""
+        rows = np.stack([self[index] for index in indices])
         self._file.madvise(mmap.MADV_DONTNEED)
         return rows
 
-    def good(self, position):
+    def good(self, index):
         """Whether the row's bytes are those that were written."""
-        return position < len(self.map) and zlib.crc32(self.map[position]) == self.keys["crc"][position]
+        return index < len(self.map) and zlib.crc32(self.map[index]) == self.keys["crc"][index]
 
-    def __getitem__(self, position):
+    def __getitem__(self, index):
         """The row as a float16 array. Raises UserError when its bytes are not those that were written."""
-        if not self.good(position):
-            raise UserError(f"{self.path}: row {position} is damaged; run precompute again, it repairs it")
-        return self.map[position]
+        if not self.good(index):
+            raise UserError(f"{self.path}: row {index} is damaged; run precompute again, it repairs it")
+        return self.map[index]
 
     def write(self, count, batches):
-        """Write the at most `count` rows that `batches` yields as (keys, array (B, *shape)); committed every COMMIT_SECONDS.
+        """Write the rows that `batches` yields as (keys, array (B, *shape)), at most `count` of them.
 
-        A key that is there already has its row written again in its place. Raises MachineError, before the first row, when
-        the disk cannot hold them all.
+        They are committed every COMMIT_SECONDS. The row of a key that is there already is written again in its place.
+        Raises MachineError before the first row when the disk cannot hold them all.
         """
         if not count:
             return
@@ -118,38 +117,34 @@ class Rows:
             open(self.path, "r+b" if self.path.exists() else "w+b") as data,
             open(self.keys_path, "r+b" if self.keys_path.exists() else "w+b") as index,
         ):
-            index.truncate(len(self) * KEY.itemsize)  # half a key that a killed writer left
-            try:  # claim the space first: writing through a map on a full disk kills the process without a word
+            index.truncate(len(self) * KEY.itemsize)  # without the half key that a killed writer left
+            try:  # claim the space now, because a disk that is too full would show only after hours of encoding
                 os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
             writer = _Writer(self, data, index)
             try:
                 with ThreadPoolExecutor(1) as pool:
-                    collections.deque(
-                        ahead(pool, writer.put, batches, 1), maxlen=0
-                    )  # one is written while the next is made
-            finally:  # also what came before an error
+                    for _ in ahead(pool, writer.put, batches, 1):  # one batch is written while the next is made
+                        pass
+            finally:  # after an error too, for the batches before it
                 writer.commit()
             data.truncate(writer.end * self.row_bytes)
         self._open()
 
 
 class _Writer:
-    """Rows on their way into their two open files. After a first error nothing more is written: the disk cannot be trusted."""
+    """Puts rows into their two open files. After an error it writes no more, because the disk cannot be trusted."""
 
     def __init__(self, rows, data, index):
         self.rows, self.data, self.index, self.fine = rows, data, index, True
-        self.end, self.written, self.committed = (
-            len(rows),
-            {},
-            time.monotonic(),
-        )  # written: {place: its key, not on disk yet}
+        self.end, self.committed = len(rows), time.monotonic()
+        self.waiting = {}  # {index of a row: its key, not on disk yet}
 
     def put(self, batch):
         if not self.fine:
             return
-        self.fine, end, written = False, self.end, {}
+        self.fine, end, waiting = False, self.end, {}
         keys, values = batch
         places = self.rows.find(np.array(keys, "S32")).tolist()
         for place, key, row in zip(places, keys, np.ascontiguousarray(values, np.float16)):
@@ -157,37 +152,39 @@ class _Writer:
                 place, end = end, end + 1
             self.data.seek(place * self.rows.row_bytes)
             self.data.write(row)
-            written[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
+            waiting[place] = np.array((key, zlib.crc32(row)), KEY).tobytes()
         self.end, self.fine = end, True
-        self.written |= written
+        self.waiting |= waiting
         if time.monotonic() - self.committed >= COMMIT_SECONDS:
             self.commit()
 
     def commit(self):
-        """Bytes first, then the keys that make them count; new ones all at once, so that no kill parts a batch: how a picture
-        is rounded depends on those that it is encoded with, and the rest must be encoded as if nothing was."""
-        written, index = self.written, self.index.fileno()
-        if not written or not self.fine:
+        """Put the bytes on disk first, then the keys that make them count.
+
+        All new keys are written at once, so that no kill parts a batch. How a picture is rounded depends on the batch
+        that it is encoded in, so what a kill leaves over must be encoded in the batches of a run that nobody killed.
+        """
+        waiting, keys_file = self.waiting, self.index.fileno()
+        if not waiting or not self.fine:
             return
         self.fine = False
         self.data.flush()
         os.fdatasync(self.data.fileno())
         with naming(self.rows.keys_path):
-            for place in [
-                place for place in written if place < len(self.rows)
-            ]:  # of damaged rows, written again in their place
-                os.pwrite(index, written.pop(place), place * KEY.itemsize)
-            new, at = b"".join(written.values()), min(written, default=0) * KEY.itemsize
-            if os.pwrite(index, new, at) < len(new):  # a disk that fills up takes what still fits
-                os.ftruncate(index, at)
+            repaired = [place for place in waiting if place < len(self.rows)]
+            for place in repaired:
+                os.pwrite(keys_file, waiting.pop(place), place * KEY.itemsize)
+            new, at = b"".join(waiting.values()), min(waiting, default=0) * KEY.itemsize
+            if os.pwrite(keys_file, new, at) < len(new):  # a disk that fills up takes what still fits
+                os.ftruncate(keys_file, at)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fdatasync(index)
-        written.clear()
+            os.fdatasync(keys_file)
+        waiting.clear()
         self.committed, self.fine = time.monotonic(), True
 
 
 def write_index(folder, index, names, manifest):
-    """Commit a cache: the index, the names, and last of all the manifest. Without changes, nothing is written."""
+    """Commit a cache: the index, the names, and the manifest last. When nothing changed, nothing is written."""
     folder, npy = Path(folder), io.BytesIO()
     np.save(npy, index)
     files = {"index.npy": npy.getbuffer(), "names.txt": "".join(name + "\n" for name in names).encode()}
@@ -197,7 +194,7 @@ def write_index(folder, index, names, manifest):
     path = folder / "manifest.json"
     if read_index(folder) and path.read_text() == text:
         return
-    path.unlink(missing_ok=True)  # it describes the index that is replaced now
+    path.unlink(missing_ok=True)  # because it describes the index that is replaced now
     for name, blob in files.items():
         with atomic_write(folder / name) as file:
             file.write(blob)
@@ -206,7 +203,7 @@ def write_index(folder, index, names, manifest):
 
 
 def read_index(folder):
-    """(index, names of the examples) of a finished cache, None where there is none that can be read."""
+    """(index, names of the examples) of a finished cache; None when there is none that can be read."""
     try:
         manifest = read_manifest(folder)
         return np.load(_whole(folder, manifest, "index.npy")), _names(folder, manifest)
@@ -224,7 +221,7 @@ def read_manifest(folder):
         raise UserError(
             f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or of another shape
+    except (ValueError, LookupError, TypeError, AttributeError):  # it is no JSON, or holds something else
         whole = False
     if not whole:
         raise UserError(
@@ -240,7 +237,7 @@ def _checksum(manifest):
 
 
 def _whole(folder, manifest, name):
-    """Path of one of the cache's files. Raises UserError when it is not the one that the manifest was written with."""
+    """The path of one of the cache's files. Raises UserError when it is not the file that the manifest tells of."""
     path = Path(folder) / name
     try:
         whole = sha256_file(path) == manifest["files"][name]
@@ -258,21 +255,20 @@ def _names(folder, manifest):
 class Cache:
     """A finished cache, open for reading. `manifest` says what it was made from.
 
-    members[i] are the numbers of the examples to train on at size i; len(cache) of them in all.
+    members[i] are the indices of the examples to train on in bucket i; there are len(cache) of them in all.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
-        self.sizes, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
+        self.buckets, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
-        self.moments = [
-            Rows(folder, moments_name(size), shape) for size, shape in zip(self.sizes, self.manifest["moments_shapes"])
-        ]
-        size_of, held_out = np.asarray(self.index["size"]), np.asarray(self.index["held_out"])
-        self.members = [np.flatnonzero((size_of == i) & ~held_out) for i in range(len(self.sizes))]
+        shapes = self.manifest["moments_shapes"]
+        self.posteriors = [Rows(folder, posteriors_name(bucket), shape) for bucket, shape in zip(self.buckets, shapes)]
+        bucket_of, held_out = np.asarray(self.index["size"]), np.asarray(self.index["held_out"])
+        self.members = [np.flatnonzero((bucket_of == i) & ~held_out) for i in range(len(self.buckets))]
         if not len(self):
             raise UserError(
                 f"{self.folder}: all of {len(self.index)} rows are held out; use a smaller --validation_fraction"
@@ -282,34 +278,34 @@ class Cache:
         return sum(map(len, self.members))
 
     def names(self, examples):
-        """What the examples are called, for messages."""
+        """The names that messages call the examples by."""
         try:
             names = _names(self.folder, self.manifest)
-        except UserError:  # what is to be told is worse than that
+        except UserError:  # not raised, because the message that asks for names is about something worse
             return [f"row {i}" for i in examples]
         return [names[i] for i in examples]
 
     def batch(self, examples, mirrored, empty):
-        """The arrays of B examples of one size, fresh copies.
+        """The arrays of B examples of one bucket, as fresh copies.
 
-        mirrored (B,) bool: take the mirror image where one is cached; empty (B,) bool: the unconditional embedding in
-        place of the caption's.
+        mirrored (B,) bool: take the mirror image where one is cached. empty (B,) bool: take the unconditional embedding
+        instead of the caption's.
         -> dict of mean, std (B, 4, h, w), text (B, 77, 2048), pooled (B, 1280), all fp16, and time_ids (B, 6) int32
         """
         records = self.index[np.asarray(examples)]
         pictures = np.where(mirrored, records["mirrored"], records["picture"])
         captions = np.where(empty, self.manifest["unconditional"], records["caption"])
-        moments = self.moments[records["size"][0]].read(pictures)
+        posteriors = self.posteriors[records["size"][0]].read(pictures)
         flat = self.captions.read(captions)
         return dict(
-            mean=moments[:, 0],
-            std=moments[:, 1],
+            mean=posteriors[:, 0],
+            std=posteriors[:, 1],
             text=flat[:, : self.text_size].reshape(-1, *self.text_shape),
             pooled=flat[:, self.text_size :],
             time_ids=np.where(np.asarray(mirrored)[:, None], records["mirrored_time_ids"], records["time_ids"]),
         )
 
 
-def moments_name(size):
-    """Of the file that holds the moments of one (height, width)."""
-    return f"moments-{size[0]}x{size[1]}"
+def posteriors_name(bucket):
+    """The name, without its ending, of the file that holds the posteriors of one bucket."""
+    return f"moments-{bucket[0]}x{bucket[1]}"

@@ -173,7 +173,7 @@ def _images(flag, folder):
 def _caption_of(path):
     text = Path(path).with_suffix(".txt")
     if not text.is_file():
-        raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} beside it; write one of them")
+        raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} next to it; write one of them")
     try:
         return text.read_text(encoding="utf-8-sig").strip()
     except ValueError as error:

@@ -1,7 +1,9 @@
-"""The two text encoders and the VAE encoder: run once by precompute, then gone.
+"""The two text encoders and the VAE's encoder: precompute runs them once per row, and training never loads them.
 
-Both are described by their files first (shapes, fingerprint) and loaded only when a row is missing.
+Shapes and fingerprints are read from their files, so that nothing is loaded when no row is missing.
 """
+
+import contextlib
 
 import torch
 from safetensors import SafetensorError
@@ -9,52 +11,57 @@ from safetensors import SafetensorError
 from data.common.ahead import behind
 from data.common.safe import UserError, out_of_memory
 from data.models import fused
-from data.models.files import load
+from data.models.files import load, torch_dtype
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FLIGHT = 2  # batches
-SMALLEST_VOCABULARY = 514  # of a byte-level CLIP tokenizer: 256 bytes, each also at a word's end, start and end of text
+IN_FLIGHT = 2  # batches that a GPU works on while an earlier one is written
+SMALLEST_VOCABULARY = 514  # byte-level CLIP: 256 bytes, each also as the end of a word, and the start and end of a text
 
 
 class TextEncoders:
     """Both CLIPs as SDXL uses them.
 
-    text    penultimate hidden states of the two side by side, (77, 768 + 1280)
-    pooled  projected output of the second, (1280,)
+    text    the penultimate hidden states of both, side by side, (77, 768 + 1280)
+    pooled  the projected output of the second one, (1280,)
     """
 
     def __init__(self, model, precision):
-        self.name, self.dtype = model.name, DTYPES[precision]
-        self.words = [model.part(f"tokenizer{s}") for s in ("", "_2")]
-        self.parts = [model.part(f"text_encoder{s}") for s in ("", "_2")]
-        configs = [part.config() for part in self.parts]
-        self.text_shape = (configs[0]["max_position_embeddings"], sum(c["hidden_size"] for c in configs))
+        self.model, self.dtype = model, torch_dtype(precision)
+        self.tokenizer_components = [model.component(name) for name in ("tokenizer", "tokenizer_2")]
+        self.encoder_components = [model.component(name) for name in ("text_encoder", "text_encoder_2")]
+        configs = [component.config() for component in self.encoder_components]
+        self.text_shape = (configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
         self.pooled_shape = (configs[1]["projection_dim"],)
-        self.fingerprint = "-".join(p.fingerprint() for p in self.words + self.parts) + f"-{precision}"
+        prints = [component.fingerprint() for component in self.tokenizer_components + self.encoder_components]
+        self.fingerprint = "-".join([*prints, precision])
 
     def load(self, device):
-        """Into memory. Raises UserError when they cannot tell two captions apart."""
+        """Load them onto `device`. Raises UserError when they cannot tell two captions apart."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.tokenizers = [_read(part, CLIPTokenizer) for part in self.words]
-        for tokenizer, part in zip(self.tokenizers, self.words):
+        self.tokenizers = [_read(component, CLIPTokenizer) for component in self.tokenizer_components]
+        for tokenizer, component in zip(self.tokenizers, self.tokenizer_components):
             if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
                 raise UserError(
-                    f"{part.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again"
+                    f"{component.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again"
                 )
         self.encoders = []
-        for kind, part in zip((CLIPTextModel, CLIPTextModelWithProjection), self.parts):
-            encoder, told = _read(part, kind, variant=part.variant, dtype=self.dtype, output_loading_info=True)
-            if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers
+        for kind, component in zip((CLIPTextModel, CLIPTextModelWithProjection), self.encoder_components):
+            encoder, report = _read(
+                component, kind, variant=component.variant, dtype=self.dtype, output_loading_info=True
+            )
+            if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+                more = len(missing) - 1
                 raise UserError(
-                    f"{part.folder}: its weights lack {missing[0]} and {len(missing) - 1} more; download the model again"
+                    f"{component.folder}: its weights lack {missing[0]} and {more} more; download the model again"
                 )
             self.encoders.append(encoder.to(device).eval())
         text, _ = self(["a cat", "two red houses at night"])
         if torch.equal(text[0], text[1]):
-            raise UserError(f"{self.name}: its text encoders give the same for every caption; download the model again")
+            raise UserError(
+                f"{self.model.name}: its text encoders give the same for every caption; download the model again"
+            )
         return self
 
     def unload(self):
@@ -67,13 +74,13 @@ class TextEncoders:
         Raises UserError when a number is not finite.
         """
         text, pooled = self._states(captions)
-        self._check(text.isfinite().all() and pooled.isfinite().all())
+        self._refuse_unless(text.isfinite().all() and pooled.isfinite().all())
         return text, pooled
 
     def encode(self, batches):
-        """(tag, B strings) pairs -> (tag, fp16 (B, 77 · 2048 + 1280) on the CPU: text, then pooled, flat), some batches behind.
+        """Encode the captions of each (tag, B strings), and yield (tag, rows fp16 (B, 77 · 2048 + 1280) on the CPU).
 
-        Raises UserError when a number is not finite.
+        A row is text, flat, and pooled behind it. Raises UserError when a number is not finite.
         """
         return in_flight(self._start, self._finish, batches)
 
@@ -92,63 +99,61 @@ class TextEncoders:
     def _start(self, captions):
         text, pooled = self._states(captions)
         flat = torch.cat([text.flatten(1), pooled], dim=1).half()
-        return fetch(flat, flat.isfinite().all())
+        return Fetch(flat, flat.isfinite().all())
 
-    def _finish(self, flat, finite, wait):
-        wait()
-        self._check(finite)
+    def _finish(self, captions, fetch):
+        flat, finite = fetch.wait()
+        self._refuse_unless(finite)
         return flat
 
-    def _check(self, finite):
+    def _refuse_unless(self, finite):
         if not finite:
             what_to_do = "use another model" if self.dtype == torch.float32 else "try --mixed_precision no"
-            raise UserError(f"{self.name}: its text encoders give numbers that are not finite; {what_to_do}")
+            raise UserError(f"{self.model.name}: its text encoders give numbers that are not finite; {what_to_do}")
 
     def truncated(self, caption):
-        """Whether CLIP, which reads 75 tokens, does not see the end of the caption."""
+        """Whether the caption is longer than the 75 tokens that CLIP reads."""
         return len(self.tokenizers[0](caption).input_ids) > self.text_shape[0]
 
 
-def _read(part, kind, **how):
-    """kind.from_pretrained(part). Raises UserError naming the folder."""
+def _read(component, kind, **how):
+    """kind.from_pretrained of the component. Raises UserError naming the folder."""
     try:
-        return kind.from_pretrained(part.folder, **how)
+        return kind.from_pretrained(component.folder, **how)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"{part.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
+            f"{component.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
         ) from error
 
 
 class VAE:
-    """The encoder half of the VAE: pixels -> mean and standard deviation of the latent posterior."""
+    """The encoder half of the VAE: pixels -> posteriors, the mean and standard deviation of every latent."""
 
     def __init__(self, model, precision):
-        self.part = model.part("vae")
-        self.config = self.part.config()
-        lacks = [
-            name for name in ("block_out_channels", "latent_channels", "scaling_factor") if name not in self.config
-        ]
-        if lacks:
-            raise UserError(f"{self.part.folder / 'config.json'}: no {lacks[0]} in it; a VAE of SDXL's kind is needed")
-        self.dtype = DTYPES[precision]
+        self.model, self.component = model, model.component("vae")
+        self.config = self.component.config()
+        needed = ("block_out_channels", "latent_channels", "scaling_factor")
+        if lacks := [name for name in needed if name not in self.config]:
+            raise UserError(
+                f"{self.component.folder / 'config.json'}: no {lacks[0]} in it; a VAE of SDXL's kind is needed"
+            )
+        self.dtype = torch_dtype(precision)
         if self.dtype == torch.float16 and self.config.get("force_upcast", True):
-            self.dtype = (
-                torch.float32
-            )  # SDXL's own VAE overflows in fp16 and its config says so; the fp16-fix one's does not
-        self.fingerprint = f"{self.part.fingerprint()}-{self.dtype}"
+            # SDXL's own VAE overflows in fp16, and its config says so; the fp16-fix one's says that it does not
+            self.dtype = torch.float32
+        self.fingerprint = f"{self.component.fingerprint()}-{self.dtype}"
 
-    def shape(self, size):
-        """(height, width) in pixels -> shape of the moments, (2, 4, h, w)."""
+    def posterior_shape(self, bucket):
+        """(height, width) in pixels -> the shape of a posterior, (2, 4, h, w)."""
         factor = 2 ** (len(self.config["block_out_channels"]) - 1)
-        return (2, self.config["latent_channels"], size[0] // factor, size[1] // factor)
+        return (2, self.config["latent_channels"], bucket[0] // factor, bucket[1] // factor)
 
     def load(self, device):
         from diffusers import AutoencoderKL
 
-        torch.backends.cudnn.benchmark = True  # one shape, thousands of times
         compiled = fused.wanted("auto", device)
         self.layout = torch.channels_last if compiled else torch.contiguous_format
 
@@ -157,67 +162,96 @@ class VAE:
             vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
             fused.fuse(vae, compiled)
 
-        self.vae = load(AutoencoderKL, self.part, self.dtype, device, prepare)
+        self.vae = load(AutoencoderKL, self.component, self.dtype, device, prepare)
         return self
 
     def stage(self, pixels):
-        """A batch of pixels, an array, as a tensor that can go to the device without waiting; for the workers to call."""
+        """An array of pixels -> a tensor that can go to the device without waiting. The workers call it."""
         pixels = torch.from_numpy(pixels)
         return pixels.pin_memory() if self.vae.device.type == "cuda" else pixels
 
     def encode(self, batches):
-        """(tag, pixels uint8 (B, H, W, 3)) pairs -> (tag, moments fp16 (B, 2, 4, h, w) on the CPU), some batches behind.
+        """Encode each (tag, pixels uint8 (B, H, W, 3)), and yield (tag, posteriors fp16 (B, 2, 4, h, w) on the CPU).
 
-        Moments: mean, std, before the scaling factor. A picture that half precision makes non-finite is encoded again in fp32;
-        what still is not finite the caller refuses.
+        A posterior is mean and std, before the scaling factor. A picture that half precision makes non-finite is
+        encoded again in fp32; one that is not finite then either is left for the caller to refuse.
         """
         return in_flight(self._start, self._finish, batches)
 
     @torch.inference_mode()
     def _start(self, pixels):
         x = pixels.to(self.vae.device, non_blocking=True)
-        x = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(
-            self.vae.dtype, memory_format=self.layout
-        )  # (B, 3, H, W) in -1 .. 1
-        posterior = self.vae.encode(x).latent_dist
-        return pixels, *fetch(torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16))
+        x = x.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in -1 .. 1
+        with fastest_convolutions():
+            posterior = self.vae.encode(x.to(self.vae.dtype, memory_format=self.layout)).latent_dist
+        return Fetch(torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16))
 
-    @torch.inference_mode()  # what _start made can be written only so
-    def _finish(self, pixels, moments, wait):
-        wait()
-        bad = [i for i, m in enumerate(moments) if not m.isfinite().all()]
+    @torch.inference_mode()  # because a tensor that _start made can be written in inference mode only
+    def _finish(self, pixels, fetch):
+        (posteriors,) = fetch.wait()
+        bad = [i for i, posterior in enumerate(posteriors) if not posterior.isfinite().all()]
         if bad and self.dtype != torch.float32:
             self.vae.to(torch.float32)
-            _, again, wait = self._start(pixels[bad])
-            wait()
-            moments[bad] = again
+            (again,) = self._start(pixels[bad]).wait()
+            posteriors[bad] = again
             self.vae.to(self.dtype)
-        return moments
+        return posteriors
 
 
 def in_flight(start, finish, batches):
-    """(tag, batch) pairs -> (tag, finish(*start(batch))), on a GPU IN_FLIGHT batches behind: it works on those while this one is
-    written."""
+    """For each (tag, batch), in order, yield (tag, finish(batch, start(batch))).
+
+    On a GPU IN_FLIGHT more batches are started before one is finished, so that the GPU works while the caller writes.
+    """
     most = IN_FLIGHT if torch.cuda.is_available() else 0
-    return behind(lambda pair: (pair[0], start(pair[1])), lambda pair: (pair[0], finish(*pair[1])), batches, most)
+
+    def begin(pair):
+        tag, batch = pair
+        return tag, batch, start(batch)
+
+    def end(begun):
+        tag, batch, result = begun
+        return tag, finish(batch, result)
+
+    return behind(begin, end, batches, most)
 
 
-def fetch(*tensors):
-    """-> the tensors, on their way to the CPU, and a function that waits until they are there"""
-    if tensors[0].device.type != "cuda":
-        return *tensors, lambda: None
-    fetched, arrived = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors], torch.cuda.Event()
-    for there, here in zip(tensors, fetched):
-        here.copy_(there, non_blocking=True)
-    arrived.record()
-    return *fetched, arrived.synchronize
+class Fetch:
+    """Tensors on their way from the GPU to the CPU; wait() returns them when they have arrived."""
+
+    def __init__(self, *tensors):
+        self.tensors, self.arrived = tensors, None
+        if tensors[0].device.type == "cuda":
+            self.tensors, self.arrived = [_pinned_like(tensor) for tensor in tensors], torch.cuda.Event()
+            for there, here in zip(tensors, self.tensors):
+                here.copy_(there, non_blocking=True)
+            self.arrived.record()
+
+    def wait(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.tensors
+
+
+def _pinned_like(tensor):
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+@contextlib.contextmanager
+def fastest_convolutions():
+    """In here cuDNN tries its algorithms on each new shape and keeps the fastest; thousands of one shape follow."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class OneHeadAttention:
-    """The attention in the VAE's middle, for diffusers' set_processor: one head of 512 channels over (H / 8) (W / 8) pixels.
+    """The attention in the VAE's middle, for diffusers' set_processor: one head, 512 channels, (H / 8) (W / 8) pixels.
 
-    Flash attention ends at 256 channels. What PyTorch takes instead is slower than two plain products, a block of queries at
-    a time so that the scores stay small: a tenth of the whole encoder's time (tests/bench/NOTES.md).
+    Flash attention ends at 256 channels, and what PyTorch takes instead is slower than two plain products: by a tenth
+    of the whole encoder's time (tests/bench/NOTES.md). A block of queries at a time keeps the scores small.
     """
 
     QUERIES = 4096

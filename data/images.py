@@ -1,4 +1,7 @@
-"""The bytes of any picture -> upright RGB. Pillow's own convert("RGB") clips 16 bits to white, drops alpha and ignores EXIF."""
+"""The bytes of any picture -> upright RGB.
+
+Pillow's own convert("RGB") clips 16 bits to white, drops alpha and ignores EXIF.
+"""
 
 import contextlib
 import io
@@ -9,7 +12,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data.common.safe import UserError
 
-DAMAGE = (
+DAMAGE = (  # what Pillow raises for damaged bytes, and for a picture above its limit of pixels
+    Image.DecompressionBombError,
     OSError,
     ValueError,
     SyntaxError,
@@ -21,15 +25,27 @@ DAMAGE = (
     AttributeError,
     struct.error,
 )
-MAX_PIXELS = 2**28  # a decompression bomb is refused before it is decoded
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns first and refuses at twice as much
+MAX_PIXELS = 2**28  # a larger picture is refused before it is decoded, because it may be a decompression bomb
+
+
+@contextlib.contextmanager
+def without_pillows_limit():
+    """In here MAX_PIXELS alone decides; Pillow's own limit warns at a third of it and refuses at two thirds.
+
+    It is Pillow's global, so a command sets it once around all of its threads.
+    """
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def read_rgb(data, name):
-    """Decode to a PIL image in mode RGB, turned as its EXIF orientation says, transparency over white.
+    """Decode to a PIL image in mode RGB, turned as its EXIF orientation says, with transparency laid over white.
 
-    16-bit and float images are scaled, not clipped: 16 bits by 65535, floats from their own minimum to maximum. Of an
-    animation, the first frame. Raises UserError naming `name`.
+    16-bit and float images are scaled, not clipped: 16 bits by 65535, floats from their own minimum to their maximum.
+    An animation gives its first frame. Raises UserError naming `name`.
     """
     with _opened(data, name) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -43,9 +59,9 @@ def read_rgb(data, name):
 
 
 def upright_size(data, name):
-    """(height, width) that read_rgb will give, from the header alone."""
+    """The (height, width) that read_rgb will give, read from the header alone."""
     with _opened(data, name) as image:
-        # Pillow turns TIFF files itself and gives their turned size
+        # Pillow turns TIFF files itself, so their size is that of the turned picture already
         turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
 
@@ -57,7 +73,7 @@ def _opened(data, name):
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} is more than {MAX_PIXELS:,} pixels")
             yield image
-    except UnidentifiedImageError:  # its own words hold an address in memory, another one each time
+    except UnidentifiedImageError:  # its own words hold an address in memory, which differs each time
         raise UserError(f"{name}: not a picture that can be read (no known format); replace or remove it") from None
     except DAMAGE as error:
         raise UserError(f"{name}: not a picture that can be read ({error}); replace or remove it") from None

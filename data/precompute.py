@@ -10,31 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import buckets, check
-from data.cache import INDEX, Rows, moments_name, read_index, write_index
+from data.cache import INDEX, Rows, posteriors_name, read_index, write_index
 from data.common import safe
-from data.common.ahead import ahead
 from data.common.flags import parse
 from data.dataset import open_examples
-from data.images import read_rgb
+from data.encoding import Draft, Todo, encode_captions, encode_pictures
+from data.images import without_pillows_limit
 from data.models.files import Model
-from data.survey import EXAMPLES_AHEAD, changes, image_digest, key, missing, survey
+from data.survey import Skipped, changes, key, missing, survey
 
-CONTENT = (
-    "picture_key",
-    "mirrored_key",
-    "caption_key",
-    "time_ids",
-    "held_out",
-)  # what a resumed run must find unchanged
-CAPTIONS_AT_ONCE = 64
-BYTES_AT_ONCE = (
-    2**23
-)  # of one channel of pixels in the VAE's dtype: four pictures of 1024 × 1024 in half precision, or up to ...
-PICTURES_AT_ONCE = 16  # ... this many small ones
-BATCHES_AHEAD = 2  # of pictures, put together by the workers before the VAE asks for them
+# What a resumed training must find unchanged, of each row.
+CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")
 
 
 def main(argv):
@@ -43,7 +31,7 @@ def main(argv):
         raise safe.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
     folder = settings.output_dir
     run = contextlib.nullcontext(Path(folder)) if settings.explain else safe.run_folder(folder, writes=["cache"])
-    with run as folder, ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
+    with run as folder, without_pillows_limit(), ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
         try:
             precompute(settings, folder / "cache", pool)
         finally:
@@ -51,250 +39,148 @@ def main(argv):
 
 
 def precompute(settings, folder, pool):
-    """Bring the cache in `folder` to what the settings ask for."""
-    making = Making(settings, folder, pool)
-    which, why = making.changes()
-    print(f"{which} to encode: {why}; {making.bytes() / 2**20:,.0f} MiB in {folder}", flush=True)
-    safe.need_space(folder, making.bytes(), "the cache")
+    """Bring the cache in `folder` to what the settings ask for: see what is missing, say so, encode it, commit."""
+    skipped, failed = Skipped(settings.skip_bad), Skipped(settings.skip_bad)  # rows; pictures, by their digest
+    examples = open_examples(settings)
+    device = check.device()
+    check.precision(settings.mixed_precision, device)
+    texts, vae = open_encoders(settings)
+    draft = look(settings, folder, examples, texts, vae, pool, skipped)
+    todo = what_is_missing(draft)
+
+    (which, why), room = in_words(draft, todo), room_for(draft, todo)
+    print(f"{which} to encode: {why}; {room / 2**20:,.0f} MiB in {folder}", flush=True)
+    safe.need_space(folder, room, "the cache")
     if settings.explain:
         return
+
+    stop = safe.Signals()  # from here on there is something to save when a signal comes
+    folder.mkdir(exist_ok=True)
     began = time.perf_counter()
-    making.encode_captions()
+    encode_captions(draft, todo, device, stop)
     between = time.perf_counter()
-    making.encode_pictures()
+    encode_pictures(draft, todo, device, stop, pool, failed)
     ended = time.perf_counter()
-    making.commit()
+    left_out = commit(draft, settings.resolution, skipped, failed)
     print(
-        f"{which} encoded: {why}; text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included"
+        f"{which} encoded: {why}; "
+        f"text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included"
     )
-    if making.skipped:
-        print(f"{len(making.skipped):,} rows left out, e.g. {': '.join(making.skipped[0])}")
+    if left_out:
+        print(f"{len(left_out):,} rows left out, e.g. {': '.join(left_out[0])}")
 
 
-class Making:
-    """A cache in the making: what every example is made of, what of that is not there yet, and how it gets there."""
+def open_encoders(settings):
+    """The encoders that the flags name, described by their files and not loaded. -> (TextEncoders, VAE)"""
+    from data.encoders import VAE, TextEncoders  # takes seconds, so it comes after what can be refused without it
 
-    def __init__(self, settings, folder, pool):
-        self.settings, self.folder, self.pool, self.stop = settings, folder, pool, None
-        self.examples = open_examples(settings)
-
-        # seconds to import: after all that can be refused without it
-        from data.encoders import VAE, TextEncoders
-
-        self.device = check.device()
-        check.precision(settings.mixed_precision, self.device)
-        variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
-        self.model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
-        vae_name = settings.pretrained_vae_model_name_or_path
-        self.vae_model = Model(vae_name, None, variant) if vae_name else self.model
-        self.texts, self.vae = (
-            TextEncoders(self.model, settings.mixed_precision),
-            VAE(self.vae_model, settings.mixed_precision),
-        )
-        self.zeros = self.model.index().get("force_zeros_for_empty_prompt", True)
-        self.unconditional = key("unconditional", self.texts.fingerprint, self.zeros)
-        self.sizes = buckets.sizes(settings.resolution, settings.buckets)
-        self.skipped, self.failed = Skipped(settings.skip_bad), {}  # failed: {digest of a picture: why}
-
-        prints = self.texts.fingerprint, self.vae.fingerprint
-        self.rows, self.names = survey(self.examples, settings, self.sizes, *prints, pool, self.skipped)
-        self.captions = Rows(folder, "captions", (np.prod(self.texts.text_shape) + self.texts.pooled_shape[0],))
-        self.moments = [Rows(folder, moments_name(size), self.vae.shape(size)) for size in self.sizes]
-        self.new_captions = missing(self.rows["caption_key"], self.captions)
-        self.new_pictures = [pictures_to_encode(self.rows, i, of_size) for i, of_size in enumerate(self.moments)]
-        self.blank = missing(np.array([self.unconditional], "S32"), self.captions)
-
-    def changes(self):
-        """(which, why) in words."""
-        before = read_index(self.folder)
-        also = ["the unconditional embedding"] if before and len(self.blank) else []
-        pictures = [np.concatenate(both) for both in zip(*self.new_pictures)]
-        return changes(self.rows, self.names, pictures, self.new_captions, before, also)
-
-    def bytes(self):
-        """What the new rows take on disk."""
-        pictures = sum(of_size.room(len(numbers)) for (numbers, _), of_size in zip(self.new_pictures, self.moments))
-        return self.captions.room(len(self.new_captions) + len(self.blank)) + pictures
-
-    def encode_captions(self):
-        self.stop = safe.Signals()  # until here there is nothing to save
-        self.folder.mkdir(exist_ok=True)
-        if not len(self.new_captions) and not len(self.blank):
-            return
-        self.texts.load(self.device)
-        if len(self.blank):
-            keys, zeros = [self.unconditional], np.zeros((1, *self.captions.shape))
-            self.captions.write(1, [(keys, zeros)] if self.zeros else self.texts.encode([(keys, [""])]))
-        self.captions.write(len(self.new_captions), self._captions_in_batches())
-        self._stop_if_asked()
-        self.texts.unload()  # before the VAE comes: never both in memory
-
-    def encode_pictures(self):
-        count = sum(len(numbers) for numbers, _ in self.new_pictures)
-        if not count:
-            return
-        self.vae.load(self.device)
-        with tqdm(total=count, unit="image", desc="pictures") as bar:
-            for size, of_size, new in zip(self.sizes, self.moments, self.new_pictures):
-                of_size.write(len(new[0]), self._pictures_in_batches(size, new, bar))
-                self._stop_if_asked()
-
-    def commit(self):
-        """Write the index and the manifest: from here on there is a cache."""
-        rows = self.rows
-        index = places(rows, self.captions, self.moments)
-        good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
-        for i in np.flatnonzero(~good):  # every row of a picture that failed, once
-            self.skipped(self.names[i], safe.UserError(f"{self.names[i]}: {self.failed[rows['image_digest'][i]]}"))
-        kept = slice(None) if good.all() else np.flatnonzero(good)  # a slice copies nothing
-        index, names = index[kept], [name for name, fine in zip(self.names, good) if fine]
-        if not len(index):
-            raise safe.UserError(f"none of {len(self.examples)} rows can be used, e.g. {': '.join(self.skipped[0])}")
-        content = hashlib.sha256()
-        for field in CONTENT:
-            content.update(rows[field][kept].tobytes())
-        manifest = dict(
-            model=asdict(self.model.pinned()),
-            vae=asdict(self.vae_model.pinned()),
-            resolution=self.settings.resolution,
-            scaling_factor=self.vae.config["scaling_factor"],
-            sizes=self.sizes,
-            moments_shapes=[of_size.shape for of_size in self.moments],
-            text_shape=self.texts.text_shape,
-            pooled_shape=self.texts.pooled_shape,
-            unconditional=int(self.captions.find(np.array([self.unconditional], "S32"))[0]),
-            rows=len(index),
-            held_out=int(index["held_out"].sum()),
-            skipped=self.skipped,
-            content=content.hexdigest(),
-        )
-        write_index(self.folder, index, names, manifest)
-
-    def _captions_in_batches(self):
-        """Yields (keys, encoded captions) of the new ones."""
-        cut, example = 0, None
-
-        def captions():
-            nonlocal cut, example
-            for batch in batches(self.new_captions, CAPTIONS_AT_ONCE):
-                if self.stop.received:
-                    return
-                texts = [self.examples[int(self.rows["number"][i])].caption for i in batch]
-                long = [text for text in texts if self.texts.truncated(text)]
-                cut, example = cut + len(long), example or next(iter(long), None)
-                yield self.rows["caption_key"][batch], texts
-
-        with tqdm(total=len(self.new_captions), unit="caption", desc="captions") as bar:
-            for keys, encoded in self.texts.encode(captions()):
-                bar.update(len(keys))
-                yield keys, encoded.numpy()
-        if cut:
-            print(
-                f"{cut:,} captions are longer than CLIP reads; what follows 75 tokens is not seen, e.g. of {example!r}"
-            )
-
-    def _pictures_in_batches(self, size, pictures, bar):
-        """pictures: numbers of rows and whether mirrored. Yields (keys, moments (B, 2, 4, h, w) fp16)."""
-        at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (size[0] * size[1] * self.vae.dtype.itemsize)))
-
-        def decode(picture):  # in a worker, as `stack`
-            number, mirrored = picture
-            example = self.examples[int(self.rows["number"][number])]
-            try:
-                data = example.data()
-                if image_digest(data) != self.rows["image_digest"][number]:
-                    raise safe.UserError(f"{example.name}: changed since precompute began; run it again")
-                pixels = buckets.resize_and_crop(read_rgb(data, example.name), size, example.name)
-            except safe.UserError as error:
-                return number, None, error
-            return (
-                number,
-                self.rows["mirrored_key" if mirrored else "picture_key"][number],
-                pixels[:, ::-1] if mirrored else pixels,
-            )
-
-        def readable():
-            for number, picture_key, result in ahead(self.pool, decode, zip(*pictures), EXAMPLES_AHEAD):
-                bar.update()
-                if picture_key is None:
-                    self._refuse(number, result)
-                else:
-                    yield number, picture_key, result
-
-        def stack(batch):
-            numbers, keys, pixels = zip(*batch)
-            return (numbers, np.array(keys)), self.vae.stage(np.stack(pixels))
-
-        def stacked():
-            for batch in ahead(self.pool, stack, batches(readable(), at_once), BATCHES_AHEAD):
-                if self.stop.received:
-                    return
-                yield batch
-
-        for (numbers, keys), moments in self.vae.encode(stacked()):
-            moments = moments.numpy()
-            finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
-            for i in np.flatnonzero(~finite):
-                name = self.examples.name(int(self.rows["number"][numbers[i]]))
-                problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
-                self._refuse(numbers[i], safe.NumbersError(problem))
-            yield keys[finite], moments[finite]
-
-    def _refuse(self, number, error):
-        """A picture that cannot be used: left out with --skip_bad, else the end of the command."""
-        if not self.skipped.allowed:
-            raise error
-        name = self.examples.name(int(self.rows["number"][number]))
-        self.failed[self.rows["image_digest"][number]] = str(error).removeprefix(f"{name}: ")
-
-    def _stop_if_asked(self):
-        if self.stop.received:
-            raise safe.Stopped(self.stop.received, "stopped, what is encoded is kept; run the same command to go on")
+    variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
+    model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
+    vae_name = settings.pretrained_vae_model_name_or_path
+    vae_model = Model(vae_name, None, variant) if vae_name else model
+    return TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
 
 
-class Skipped(list):
-    """Called with a row that cannot be used: with --skip_bad it is noted here, [name, reason]; without, it stops the command."""
+def look(settings, folder, examples, texts, vae, pool, skipped):
+    """Survey the examples and open the cache's files. -> Draft"""
+    some_buckets = buckets.make_buckets(settings.resolution, settings.buckets)
+    zeros = texts.model.index().get("force_zeros_for_empty_prompt", True)
+    prints = texts.fingerprint, vae.fingerprint
+    rows, names = survey(
+        examples, prints, some_buckets, settings.random_flip, settings.validation_fraction, pool, skipped
+    )
+    return Draft(
+        folder=folder,
+        texts=texts,
+        vae=vae,
+        buckets=some_buckets,
+        examples=examples,
+        rows=rows,
+        names=names,
+        unconditional=key("unconditional", texts.fingerprint, zeros),
+        zeros=zeros,
+        captions=Rows(folder, "captions", (np.prod(texts.text_shape) + texts.pooled_shape[0],)),
+        posteriors=[Rows(folder, posteriors_name(bucket), vae.posterior_shape(bucket)) for bucket in some_buckets],
+    )
 
-    def __init__(self, allowed):
-        super().__init__()
-        self.allowed = allowed
 
-    def __call__(self, name, error):
-        if not self.allowed:
-            raise error
-        self.append([name, str(error).removeprefix(f"{name}: ")])
+def what_is_missing(draft):
+    """What of the draft is not on disk yet. -> Todo"""
+    return Todo(
+        unconditional=len(missing(np.array([draft.unconditional], "S32"), draft.captions)) > 0,
+        captions=missing(draft.rows["caption_key"], draft.captions),
+        pictures=[missing_pictures(draft.rows, i, posteriors) for i, posteriors in enumerate(draft.posteriors)],
+    )
 
 
-def pictures_to_encode(rows, size, moments):
-    """The pictures at `size` that `moments` does not hold: numbers of their rows, and whether mirrored; two arrays."""
-    members = np.flatnonzero(rows["size"] == size)
-    which = missing(np.concatenate([rows["picture_key"][members], rows["mirrored_key"][members]]), moments)
+def missing_pictures(rows, bucket, posteriors):
+    """The pictures of a bucket that `posteriors` lacks: indices of their rows, and whether mirrored; two arrays."""
+    members = np.flatnonzero(rows["size"] == bucket)
+    which = missing(np.concatenate([rows["picture_key"][members], rows["mirrored_key"][members]]), posteriors)
     return members[which % max(1, len(members))], which >= len(members)
 
 
-def places(rows, captions, moments):
-    """The index: where the pictures and captions of `rows` are, -1 for what is not there, and what else training needs."""
+def in_words(draft, todo):
+    """-> (which rows are to be encoded, why)"""
+    before = read_index(draft.folder)
+    also = ["the unconditional embedding"] if before and todo.unconditional else []
+    pictures = [np.concatenate(both) for both in zip(*todo.pictures)]
+    return changes(draft.rows, draft.names, pictures, todo.captions, before, also)
+
+
+def room_for(draft, todo):
+    """The bytes that the missing rows take on disk."""
+    captions = draft.captions.room(len(todo.captions) + todo.unconditional)
+    pictures = zip(draft.posteriors, todo.pictures)
+    return captions + sum(posteriors.room(len(rows)) for posteriors, (rows, _) in pictures)
+
+
+def commit(draft, resolution, skipped, failed):
+    """Write the index and the manifest: from here on there is a cache. -> [name, reason] of each row left out"""
+    rows, index = draft.rows, places(draft)
+    good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
+    left_out = list(skipped.reasons.values())
+    for i in np.flatnonzero(~good):  # each row of a picture that failed, which was tried once, under one of its names
+        _, reason = failed.reasons[rows["image_digest"][i]]
+        left_out.append([draft.names[i], reason])
+    kept = slice(None) if good.all() else np.flatnonzero(good)  # a slice copies nothing
+    index, names = index[kept], [name for name, fine in zip(draft.names, good) if fine]
+    if not len(index):
+        raise safe.UserError(f"none of {len(draft.examples)} rows can be used, e.g. {': '.join(left_out[0])}")
+    content = hashlib.sha256()
+    for field in CONTENT:
+        content.update(rows[field][kept].tobytes())
+    manifest = dict(
+        model=asdict(draft.texts.model.pinned()),
+        vae=asdict(draft.vae.model.pinned()),
+        resolution=resolution,
+        scaling_factor=draft.vae.config["scaling_factor"],
+        sizes=draft.buckets,
+        moments_shapes=[posteriors.shape for posteriors in draft.posteriors],
+        text_shape=draft.texts.text_shape,
+        pooled_shape=draft.texts.pooled_shape,
+        unconditional=int(draft.captions.find(np.array([draft.unconditional], "S32"))[0]),
+        rows=len(index),
+        held_out=int(index["held_out"].sum()),
+        skipped=left_out,
+        content=content.hexdigest(),
+    )
+    write_index(draft.folder, index, names, manifest)
+    return left_out
+
+
+def places(draft):
+    """The index: the places of the rows' pictures and captions, -1 for what is not there, and what survey found."""
+    rows = draft.rows
     index = np.zeros(len(rows), INDEX)
     for field in set(INDEX.names) & set(rows.dtype.names):
         index[field] = rows[field]
-    index["caption"] = captions.find(rows["caption_key"])
-    for i, of_size in enumerate(moments):
+    index["caption"] = draft.captions.find(rows["caption_key"])
+    for i, posteriors in enumerate(draft.posteriors):
         members = rows["size"] == i
-        index["picture"][members] = of_size.find(rows["picture_key"][members])
-        index["mirrored"][members] = of_size.find(rows["mirrored_key"][members])
+        index["picture"][members] = posteriors.find(rows["picture_key"][members])
+        index["mirrored"][members] = posteriors.find(rows["mirrored_key"][members])
     return index
-
-
-def batches(items, size):
-    """Lists of `size` items, the last one shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def compare(settings, run):
     embeddings = encode(encoders, model, settings.prompt, settings.negative_prompt)
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
-    unet = load(UNet2DConditionModel, model.part("unet"), dtype, device)
+    unet = load(UNet2DConditionModel, model.component("unet"), dtype, device)
     adapters, metadata = load_lora(unet, lora_path)
     made_for, used = metadata.get("ss_sd_model_name"), model.public_name()
     if made_for != used:

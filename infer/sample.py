@@ -16,13 +16,13 @@ from data.models.files import load
 def make_pipeline(model, unet, vae_model):
     """A pipeline around `unet`, with the VAE of `vae_model` and the model's own noise schedule (Euler sampler)."""
     return StableDiffusionXLPipeline(
-        vae=load(AutoencoderKL, vae_model.part("vae"), unet.dtype, unet.device),
+        vae=load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device),
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler.from_pretrained(model.part("scheduler").folder),
+        scheduler=EulerDiscreteScheduler.from_pretrained(model.component("scheduler").folder),
         add_watermarker=False,
     )
 

@@ -314,8 +314,8 @@ def edit_captions(source, change):
 def small_batches(monkeypatch):
     """Two rows at a time, committed each time, so that eight pictures have a middle."""
     monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
-    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
-    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
+    monkeypatch.setattr("data.encoding.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("data.encoding.CAPTIONS_AT_ONCE", 2)
 
 
 @pytest.fixture(scope="session")

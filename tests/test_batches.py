@@ -64,7 +64,7 @@ def test_latents_are_drawn_from_the_cached_posterior(run):
         rows = Batches(cache, values, TIMESTEPS).rows(step, 0)
         if 2 in rows:
             found.append(draw(run, step)["x0"][rows.index(2)])
-    row = cache.moments[0][cache.index[2]["picture"]].astype(np.float32)
+    row = cache.posteriors[0][cache.index[2]["picture"]].astype(np.float32)
     x0 = torch.stack(found)
     assert len(found) > 100
     standard = (x0 - scale * torch.from_numpy(row[0])) / (scale * torch.from_numpy(row[1]))
@@ -89,7 +89,8 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
     change_cache(fresh, apart)
     cache = Cache(fresh / "cache")
     means = [
-        torch.from_numpy(cache.moments[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"] for i in (0, 1)
+        torch.from_numpy(cache.posteriors[0][i][0].astype(np.float32)) * cache.manifest["scaling_factor"]
+        for i in (0, 1)
     ]
     values = settings("train", train_batch_size=8, seed=1, proportion_empty_prompts=0.5)
     many = [Batches(cache, values, TIMESTEPS).draw(step, 0) for step in range(25)]

@@ -1,4 +1,4 @@
-"""Sizes: what is cut away, what is kept, and what SDXL is told."""
+"""Buckets: what is cut away, what is kept, and what SDXL is told."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.buckets import geometry, nearest, resize_and_crop, sizes, time_ids
+from data.buckets import geometry, make_buckets, nearest, resize_and_crop, time_ids
 from data.common.safe import UserError
 
 
@@ -17,17 +17,17 @@ def some_sizes():
         yield height, min(3000, max(1, round(height * r.uniform(1 / 15, 15))))
 
 
-def test_the_picture_covers_the_target_and_loses_least():
+def test_the_picture_covers_the_bucket_and_loses_least():
     """One side fits exactly, the other hangs over evenly, and the proportions stay."""
-    for target in ((1024, 1024), (64, 64), (832, 1216)):
+    for bucket in ((1024, 1024), (64, 64), (832, 1216)):
         for size in some_sizes():
             if max(size) > 16 * min(size):
                 continue
-            resized, (top, left) = geometry(size, target, "x")
-            spare = resized[0] - target[0], resized[1] - target[1]
+            resized, (top, left) = geometry(size, bucket, "x")
+            spare = resized[0] - bucket[0], resized[1] - bucket[1]
             assert min(spare) == 0
             assert (top, left) == (spare[0] // 2, spare[1] // 2)
-            scale = max(target[0] / size[0], target[1] / size[1])
+            scale = max(bucket[0] / size[0], bucket[1] / size[1])
             assert abs(resized[0] - size[0] * scale) <= 0.5 and abs(resized[1] - size[1] * scale) <= 0.5
 
 
@@ -48,26 +48,26 @@ def test_pixels_are_the_middle_of_the_picture():
         assert (pixels[4:-4, 4:-4] == (0, 255, 0)).all()
 
 
-def test_a_picture_of_the_target_size_is_untouched():
+def test_a_picture_of_the_buckets_size_is_untouched():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8)
     assert np.array_equal(resize_and_crop(Image.fromarray(pixels), (64, 128), "x"), pixels)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 16), (63, 65), (64, 65), (2000, 130)])
-def test_any_size_gives_the_target_size(size):
+def test_any_size_gives_the_buckets_size(size):
     image = Image.new("RGB", size[::-1], (10, 200, 30))
     pixels = resize_and_crop(image, (64, 128), "x")
     assert pixels.shape == (64, 128, 3) and (pixels == (10, 200, 30)).all()
 
 
-def test_time_ids_are_original_size_crop_and_target_height_first():
+def test_time_ids_are_original_size_crop_and_bucket_height_first():
     """Width and height swapped, or the crop counted in the original's pixels, would condition on a falsehood."""
-    for size, target, wanted in (
+    for size, bucket, wanted in (
         ((300, 600), (1024, 1024), (300, 600, 0, 512, 1024, 1024)),
         ((600, 300), (1024, 512), (600, 300, 0, 0, 1024, 512)),
         ((3000, 1024), (1024, 1024), (3000, 1024, 988, 0, 1024, 1024)),
     ):
-        assert time_ids(size, target, "x") == (wanted, wanted)
+        assert time_ids(size, bucket, "x") == (wanted, wanted)
 
 
 def test_the_mirror_image_has_its_own_crop():
@@ -80,24 +80,29 @@ def test_the_mirror_image_has_its_own_crop():
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 512, 768, 1024])
-def test_shapes_are_within_the_area_the_steps_and_two_to_one(resolution):
-    shapes = sizes(resolution, several=True)
-    assert len(set(shapes)) == len(shapes) and (resolution, resolution) in shapes
-    assert sizes(resolution, several=False) == [(resolution, resolution)]
-    for h, w in shapes:
-        assert h % 64 == w % 64 == 0 and h * w <= resolution**2 and max(h, w) <= 2 * min(h, w) and (w, h) in shapes
+def test_buckets_are_within_the_area_the_steps_and_two_to_one(resolution):
+    buckets = make_buckets(resolution, several=True)
+    assert len(set(buckets)) == len(buckets) and (resolution, resolution) in buckets
+    assert make_buckets(resolution, several=False) == [(resolution, resolution)]
+    for h, w in buckets:
+        assert h % 64 == w % 64 == 0 and h * w <= resolution**2 and max(h, w) <= 2 * min(h, w) and (w, h) in buckets
     if resolution == 1024:  # some of those that SDXL was trained at
-        assert {(1024, 1024), (832, 1216), (896, 1152), (768, 1344)} <= set(shapes)
+        assert {(1024, 1024), (832, 1216), (896, 1152), (768, 1344)} <= set(buckets)
 
 
-def test_the_shape_is_the_one_that_loses_least():
-    """By brute force: no other shape keeps more of the picture, but for those that are as good."""
-    shapes = sizes(1024, several=True)
+def test_the_bucket_is_the_one_that_loses_least():
+    """By brute force: no other bucket keeps more of the picture, but for those that are as good."""
+    buckets = make_buckets(1024, several=True)
 
-    def kept(size, shape):
-        scale = max(shape[0] / size[0], shape[1] / size[1])
-        return shape[0] * shape[1] / (size[0] * size[1] * scale**2)
+    def kept(size, bucket):
+        scale = max(bucket[0] / size[0], bucket[1] / size[1])
+        return bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
 
     for size in some_sizes():
-        chosen = shapes[nearest(size, shapes)]
-        assert kept(size, chosen) >= max(kept(size, s) for s in shapes) - 1e-9
+        chosen = buckets[nearest(size, buckets)]
+        assert kept(size, chosen) >= max(kept(size, bucket) for bucket in buckets) - 1e-9
+
+
+def test_of_equally_near_buckets_the_largest_is_taken():
+    """A square one of a quarter of the area would throw three quarters of the pixels away."""
+    assert nearest((100, 100), [(64, 64), (128, 128), (64, 128)]) == 1

@@ -71,7 +71,7 @@ def test_a_key_with_zero_bytes_at_its_end_is_found(tmp_path):
 @pytest.mark.parametrize("cut_rows", [0, 7, 30, 31, 90])
 @pytest.mark.parametrize("cut_keys", [0, 1, 35, 36, 37, 72])
 def test_a_killed_writer_is_continued_to_the_same_bytes(cut_rows, cut_keys, tmp_path):
-    """Whatever was left behind the last key, in the middle of a row or of a key, is made again and nothing else is."""
+    """What was left behind the last key, even in the middle of a row or a key, is made again, and nothing else is."""
     (tmp_path / "whole").mkdir()
     fill(tmp_path / "whole", 1, 2, 3, 4, 5)
     killed = tmp_path / "killed"
@@ -90,7 +90,7 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(cut_rows, cut_keys, tmp_
 
 
 def test_rows_are_committed_as_time_goes_by(tmp_path, monkeypatch):
-    """What a second after the last commit is there is committed, before the end; the disk is not asked each time."""
+    """A second after the last commit the rows since then are committed; the disk is not asked for every batch."""
     now, asked, seen, real = [0.0], [], [], os.fdatasync
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(os, "fdatasync", lambda fd: (asked.append(fd), real(fd)))
@@ -141,7 +141,7 @@ def failing_at(call, monkeypatch, owner, name):
 
 
 def test_after_a_row_that_cannot_be_written_nothing_is(tmp_path, monkeypatch):
-    """No half of its batch, how its rows are rounded depends on all; and not the batch behind it, which is on its way already."""
+    """Not half of its batch, because how a row is rounded depends on the whole, and not the batch that is under way."""
     with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
         failing_at(4, broken, zlib, "crc32")
         rows(tmp_path).write(8, (batch_of([n, n + 1]) for n in (1, 3, 5, 7)))
@@ -152,7 +152,7 @@ def test_after_a_row_that_cannot_be_written_nothing_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_sync_that_failed_is_not_asked_again(which, tmp_path, monkeypatch):
-    """After an error Linux may say yes the second time, with the pages lost: keys would stand for bytes that are nowhere."""
+    """After an error Linux may say yes the second time although the pages are lost: keys would promise lost bytes."""
     asked = failing_at(3 + which, monkeypatch, os, "fdatasync")  # the second commit's, of its rows or of its keys
     with pytest.raises(OSError, match="Input/output"):
         rows(tmp_path).write(8, (batch_of([n, n + 1]) for n in (1, 3, 5, 7)))
@@ -161,7 +161,7 @@ def test_a_sync_that_failed_is_not_asked_again(which, tmp_path, monkeypatch):
 
 
 def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
-    """The other way round, a power cut leaves keys for rows that are not there."""
+    """The other way round, a power cut would leave keys of rows that are not there."""
     monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
     done, real = [], os.fdatasync
     monkeypatch.setattr(
@@ -172,7 +172,7 @@ def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
 
 
 def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
-    """One at a time, a kill could part a batch, and the rest of it would be encoded alone: rounded otherwise."""
+    """Or a kill could part a batch, and the rest of it, encoded alone, would be rounded otherwise."""
     sizes, real = [], os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (sizes.append(len(data)), real(fd, data, at))[1])
     rows(tmp_path).write(5, iter([batch_of([1, 2]), batch_of([3, 4, 5])]))
@@ -181,7 +181,7 @@ def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
 
 
 def test_keys_that_fit_in_part_are_taken_back_and_said(tmp_path, monkeypatch):
-    """A write on a full disk takes what fits and says how much: unread, half a batch would count and the rest be lost."""
+    """A write on a full disk takes what fits and says how much; unheard, half a batch would count and half be lost."""
     real = os.pwrite
     rows(tmp_path).write(2, iter([batch_of([1, 2])]))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: len(data) // 2], at))
@@ -193,7 +193,7 @@ def test_keys_that_fit_in_part_are_taken_back_and_said(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_the_first_row(tmp_path, monkeypatch):
-    """A write through a map on a full disk kills the process by SIGBUS."""
+    """Found later, it would be found after hours of encoding."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -204,7 +204,7 @@ def test_a_full_disk_is_found_before_the_first_row(tmp_path, monkeypatch):
 
 
 def test_a_flipped_byte_is_found_when_read(tmp_path):
-    """In every byte of a row, and only there: the rows beside it stay good."""
+    """In every byte of a row, and only in that row: its neighbours stay good."""
     fill(tmp_path, 1, 2, 3)
     path = tmp_path / "things.rows"
     whole = path.read_bytes()
@@ -217,7 +217,7 @@ def test_a_flipped_byte_is_found_when_read(tmp_path):
 
 
 def test_a_row_is_repaired_in_its_place(tmp_path):
-    """Damaged or cut off: written again under its key, the file is what it was."""
+    """A damaged row and one that is cut off are written again under their keys, and the file is what it was."""
     fill(tmp_path, 1, 2, 3)
     whole = files(tmp_path)
     for damage in (lambda f: (f.seek(31), f.write(b"x")), lambda f: f.truncate(70), lambda f: f.truncate(0)):
@@ -231,7 +231,7 @@ def test_a_row_is_repaired_in_its_place(tmp_path):
 
 
 def test_rows_that_are_gone_are_named(tmp_path):
-    """Bytes cut off, the file or its keys gone: whoever reads is told, and nothing else is hidden."""
+    """When bytes are cut off, or the file or its keys are gone, whoever reads a lost row is told, and only then."""
     fill(tmp_path, 1, 2, 3)
     os.truncate(tmp_path / "things.rows", 89)
     cut = rows(tmp_path)
@@ -248,27 +248,25 @@ def test_rows_that_are_gone_are_named(tmp_path):
 
 
 def test_a_batch_is_what_the_rows_say(run):
-    """Each example with its own caption, picture and sizes, in the order asked for."""
+    """Each example has its own caption, picture and time ids, in the order that was asked for."""
     cache = Cache(run.folder / "cache")
     examples = [5, 0, 5]
     batch = cache.batch(examples, np.zeros(3, bool), np.zeros(3, bool))
     assert set(batch) == {"mean", "std", "text", "pooled", "time_ids"}
     for i, example in enumerate(examples):
         record = cache.index[example]
-        moments, caption = cache.moments[record["size"]][record["picture"]], cache.captions[record["caption"]]
-        assert np.array_equal(batch["mean"][i], moments[0]) and np.array_equal(batch["std"][i], moments[1])
+        posterior, caption = cache.posteriors[record["size"]][record["picture"]], cache.captions[record["caption"]]
+        assert np.array_equal(batch["mean"][i], posterior[0]) and np.array_equal(batch["std"][i], posterior[1])
         assert np.array_equal(np.concatenate([batch["text"][i].ravel(), batch["pooled"][i]]), caption)
         assert batch["time_ids"][i].tolist() == record["time_ids"].tolist()
     assert (batch["std"] > 0).all()
-    assert not np.array_equal(batch["mean"][0], batch["mean"][1]) and not np.array_equal(
-        batch["text"][0], batch["text"][1]
-    )
-    batch["mean"][:] = 0  # a copy: the map cannot be written, and must not be
+    assert not any(np.array_equal(batch[name][0], batch[name][1]) for name in ("mean", "text"))
+    batch["mean"][:] = 0  # it is a copy, and writing to it leaves the cache as it is
     assert cache.batch([5], np.zeros(1, bool), np.zeros(1, bool))["mean"].any()
 
 
 def test_an_empty_caption_is_the_unconditional_row_of_that_example_alone(run):
-    """SDXL's is zeros; the other examples keep theirs."""
+    """SDXL's unconditional row is zeros; the other examples keep their captions."""
     cache = Cache(run.folder / "cache")
     plain = cache.batch([1, 2], np.zeros(2, bool), np.zeros(2, bool))
     dropped = cache.batch([1, 2], np.zeros(2, bool), np.array([False, True]))
@@ -300,7 +298,7 @@ def test_without_a_good_manifest_there_is_no_cache(message, fresh):
 
 
 def test_room_that_a_killed_writer_claimed_is_not_asked_for_again(tmp_path):
-    """On a disk of twice the cache, killed early, the rest would not fit beside itself."""
+    """Or a run that was killed early would not fit on a disk of twice the cache's size."""
     rows = Rows(tmp_path, "rows", SHAPE)
     assert rows.room(100) == 100 * rows.row_bytes
 
@@ -326,7 +324,7 @@ def test_a_bad_index_is_named(blob, fresh):
 
 @pytest.mark.parametrize("name", ["index.npy", "manifest.json"])
 def test_no_flipped_bit_is_read_and_precompute_puts_it_right(name, fresh, run):
-    """In the index it pairs a picture with another caption, in the manifest it scales every latent: trained on, unseen."""
+    """A flipped bit in the index pairs a picture with another's caption, and in the manifest it scales every latent."""
     path = fresh / "cache" / name
     good = path.read_bytes()
     for at in range(0, len(good), 7):
@@ -338,7 +336,7 @@ def test_no_flipped_bit_is_read_and_precompute_puts_it_right(name, fresh, run):
 
 
 def test_damaged_names_are_put_right_and_stand_in_no_messages_way(fresh, run):
-    """A NaN is told with its rows; that their names are gone must not be told in its place."""
+    """A message about a NaN names its rows; that their names are lost must not be said instead of it."""
     path = fresh / "cache" / "names.txt"
     good = path.read_bytes()
     path.write_bytes(good[:-3])

@@ -1,4 +1,4 @@
-"""Any source of pictures and captions -> examples; what is missing is named with what there is."""
+"""Any source of pictures and captions -> examples. What is missing is named together with what there is."""
 
 import json
 
@@ -12,7 +12,7 @@ from data.images import read_rgb
 
 
 def write_images(folder, captions, suffix="png"):
-    """Images whose red value is their number. -> their paths"""
+    """Images whose red value is their index. -> their paths"""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:02d}.{suffix}" for i in range(len(captions))]
     for i, path in enumerate(paths):
@@ -63,7 +63,7 @@ def test_a_folder_with_metadata(tmp_path):
 
 
 def test_a_folder_with_text_files(tmp_path):
-    """Also in folders below, in the order of the names, spaces around the caption gone."""
+    """Also those in folders below, in the order of their names, and without the spaces around a caption."""
     paths = write_images(tmp_path / "d", CAPTIONS[:2]) + write_images(tmp_path / "d" / "more", CAPTIONS[2:], "JPG")
     for path, caption in zip(paths, CAPTIONS):
         path.with_suffix(".txt").write_text(f" {caption}\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def test_a_folder_with_text_files(tmp_path):
     assert [found[i].caption for i in range(len(found))] == CAPTIONS
     assert len(examples(train_data_dir=str(tmp_path / "d"), max_train_samples=2)) == 2
     paths[1].with_suffix(".txt").unlink()
-    with pytest.raises(UserError, match=r"01\.png: no metadata.jsonl in the folder and no 01\.txt beside it"):
+    with pytest.raises(UserError, match=r"01\.png: no metadata.jsonl in the folder and no 01\.txt next to it"):
         examples(train_data_dir=str(tmp_path / "d"))
 
 
@@ -80,10 +80,8 @@ def test_a_dataset_saved_to_disk(tmp_path):
 
 
 def test_the_split_is_train_or_the_only_one(tmp_path):
-    assert (
-        content(examples(dataset_name=str(save_dataset(tmp_path / "a", CAPTIONS, split=["test", "train"])))) == WANTED
-    )
-    assert content(examples(dataset_name=str(save_dataset(tmp_path / "b", CAPTIONS, split=["all"])))) == WANTED
+    for name, splits in (("a", ["test", "train"]), ("b", ["all"])):
+        assert content(examples(dataset_name=str(save_dataset(tmp_path / name, CAPTIONS, split=splits)))) == WANTED
     with pytest.raises(UserError, match="no split train, but one, two"):
         examples(dataset_name=str(save_dataset(tmp_path / "c", CAPTIONS, split=["one", "two"])))
 
@@ -99,10 +97,8 @@ def test_other_columns(tmp_path):
 
 @pytest.mark.parametrize("asked, wanted", [(1, 1), (2, 2), (99, 3)])
 def test_max_train_samples(asked, wanted, tmp_path):
-    assert (
-        content(examples(train_data_dir=str(write_metadata(tmp_path / "d", CAPTIONS)), max_train_samples=asked))
-        == WANTED[:wanted]
-    )
+    folder = str(write_metadata(tmp_path / "d", CAPTIONS))
+    assert content(examples(train_data_dir=folder, max_train_samples=asked)) == WANTED[:wanted]
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
@@ -123,7 +119,7 @@ def test_an_image_that_is_gone_is_named(tmp_path):
 
 
 def test_one_bad_picture_does_not_hide_the_others(tmp_path):
-    """Decoded inside datasets, a broken file ends the whole iteration with a traceback."""
+    """If datasets decoded the pictures, a broken one would end the whole iteration with a traceback."""
     write_metadata(tmp_path / "d", CAPTIONS)
     (tmp_path / "d" / "01.png").write_bytes(b"<html>404</html>")
     found = examples(train_data_dir=str(tmp_path / "d"))
@@ -193,7 +189,7 @@ def test_a_folder_with_a_csv(tmp_path):
     ],
 )
 def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
-    """Half of each caption would be trained on, or all rows in one."""
+    """Half of each caption would be trained on, or all rows as one."""
     write_images(tmp_path / "d", CAPTIONS)
     (tmp_path / "d" / "metadata.csv").write_text(table)
     with pytest.raises(UserError, match=f"metadata.csv, {message}"):
@@ -201,7 +197,7 @@ def test_a_csv_whose_quotes_are_missing_is_refused(table, message, tmp_path):
 
 
 def test_a_csv_as_spreadsheets_write_it(tmp_path):
-    """Commas at the end, a mark at the beginning, quotes in the middle."""
+    """With commas at the end of a line, a byte order mark at the beginning and quotes in the middle."""
     write_images(tmp_path / "d", ['a 5" nail', "two, three"])
     (tmp_path / "d" / "metadata.csv").write_text(
         'file_name,text\r\n00.png,a 5" nail,\r\n01.png, "two, three",,\r\n', encoding="utf-8-sig"
@@ -210,7 +206,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
 
 
 def test_a_text_file_of_windows_notepad(tmp_path):
-    """It begins with a mark that is no letter."""
+    """It begins with a byte order mark, which belongs to no caption."""
     (path,) = write_images(tmp_path / "d", ["a cat"])
     path.with_suffix(".txt").write_text("a cat", encoding="utf-8-sig")
     assert examples(train_data_dir=str(tmp_path / "d"))[0].caption == "a cat"
@@ -229,7 +225,7 @@ def test_one_column_for_both_is_refused(tmp_path):
 
 
 def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path):
-    """A broken picture in another column would end the command, and good ones cost time."""
+    """A broken picture in another column would end the command, and good ones would cost time."""
     import datasets
 
     broken = [dict(path=None, bytes=b"<html>")] * 3

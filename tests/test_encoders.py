@@ -39,7 +39,7 @@ def model(tmp_path):
 
 
 def test_text_equals_the_pipelines(texts, pipeline):
-    """The wrong layer, the wrong pooled output or another padding trains on text that no pipeline will ever give."""
+    """With a wrong layer, pooled output or padding LoRA would train on text that no pipeline will ever give."""
     text, pooled = texts(CAPTIONS)
     assert text.shape == (len(CAPTIONS), *texts.text_shape) and pooled.shape == (len(CAPTIONS), *texts.pooled_shape)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_text_equals_the_pipelines(texts, pipeline):
 
 
 def test_a_captions_embedding_does_not_depend_on_its_batch(texts):
-    """Cached once per caption, it must be the same beside any other."""
+    """It is cached once per caption, so it must be the same next to any other."""
     together, alone = texts(CAPTIONS), [texts([c]) for c in CAPTIONS]
     for part, parts in zip(together, zip(*alone)):
         torch.testing.assert_close(part, torch.cat(parts), rtol=1e-4, atol=1e-4)
@@ -72,20 +72,20 @@ def test_truncated_captions_are_known(texts):
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
-def test_moments_equal_autoencoderkls_posterior(device, pipeline, monkeypatch):
-    """Pixels in -1 .. 1, mean and standard deviation (not variance, not its logarithm), no scaling factor yet; batch by batch."""
+def test_posteriors_equal_autoencoderkls(device, pipeline, monkeypatch):
+    """Pixels in -1 .. 1; mean and standard deviation, not variance nor its logarithm; before the scaling factor."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     vae = VAE(Model(str(PIPELINE)), "no").load(device)
     batches = [np.random.default_rng(i).integers(0, 256, (3, 64, 128, 3), np.uint8) for i in range(5)]
     encoded = list(vae.encode((batch, vae.stage(batch)) for batch in batches))
     assert len(encoded) == len(batches)
-    for pixels, moments in encoded:
-        assert moments.shape == (3, *vae.shape((64, 128))) and moments.dtype == torch.float16
+    for pixels, posteriors in encoded:
+        assert posteriors.shape == (3, *vae.posterior_shape((64, 128))) and posteriors.dtype == torch.float16
         with torch.no_grad():
             x = pipeline.image_processor.preprocess(pixels.astype(np.float32) / 255)
             posterior = pipeline.vae.encode(x).latent_dist
-        torch.testing.assert_close(moments[:, 0].float(), posterior.mean, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(moments[:, 1].float(), posterior.std, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(posteriors[:, 0].float(), posterior.mean, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(posteriors[:, 1].float(), posterior.std, rtol=2e-3, atol=1e-6)
 
 
 def test_sdxls_own_vae_is_not_run_in_fp16():
@@ -94,7 +94,7 @@ def test_sdxls_own_vae_is_not_run_in_fp16():
 
 
 def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
-    """A VAE that claims to be fit for fp16 and is not, for one bright picture of two."""
+    """A VAE that claims to be fit for fp16, and is not for one bright picture of two."""
     config = json.loads((model / "vae" / "config.json").read_text())
     (model / "vae" / "config.json").write_text(json.dumps(config | dict(force_upcast=False)))
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
@@ -105,17 +105,15 @@ def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
     assert vae.dtype == torch.float16
     pixels = torch.full((2, 64, 64, 3), 127, dtype=torch.uint8)
     pixels[1, 8:40] = 255
-    assert not vae._start(pixels)[1][1].isfinite().all()  # the case is what it claims to be
-    (_, moments), (_, after) = vae.encode(
-        [(None, pixels), (None, pixels.flip(0))]
-    )  # the one after it is in half precision again
-    assert torch.equal(after, moments.flip(0))
-    assert moments.isfinite().all() and vae.vae.dtype == torch.float16
-    torch.testing.assert_close(moments[1], next(exact.encode([(None, pixels)]))[1][1], rtol=1e-2, atol=1e-2)
+    assert not vae._start(pixels).wait()[0][1].isfinite().all()  # the case is what it claims to be
+    (_, posteriors), (_, after) = vae.encode([(None, pixels), (None, pixels.flip(0))])
+    assert torch.equal(after, posteriors.flip(0))  # the batch after it is in half precision again
+    assert posteriors.isfinite().all() and vae.vae.dtype == torch.float16
+    torch.testing.assert_close(posteriors[1], next(exact.encode([(None, pixels)]))[1][1], rtol=1e-2, atol=1e-2)
 
 
 def test_a_tokenizer_without_its_vocabulary_is_refused(model):
-    """transformers makes one with 2 tokens and no error; every caption would be the same."""
+    """transformers makes one with 2 tokens and no error, and every caption would be the same."""
     (model / "tokenizer_2" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer_2: \d+ tokens; its vocabulary is missing"):
         TextEncoders(Model(str(model)), "no").load(CPU)
@@ -133,7 +131,7 @@ def test_encoders_that_cannot_tell_captions_apart_are_refused(model):
 
 @pytest.mark.parametrize("name", ["text_projection.weight", "text_model.encoder.layers.0.mlp.fc1.weight"])
 def test_weights_that_lack_one_are_refused(name, model):
-    """transformers makes it up of random numbers, other ones each time, and says so where nobody sees it."""
+    """transformers fills it with random numbers, other ones each time, and says so where nobody sees it."""
     path = model / "text_encoder_2" / "model.safetensors"
     tensors = load_file(path)
     del tensors[next(there for there in tensors if there.endswith(name.removeprefix("text_model.")))]
@@ -209,3 +207,13 @@ def test_the_fingerprint_follows_content_precision_and_nothing_else(model):
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b" ")
     assert VAE(Model(str(model)), "no").fingerprint != pictures and texts(model) == before
+
+
+def test_cudnn_tries_its_algorithms_while_the_vae_runs_and_only_then(monkeypatch):
+    """Left on, it would also choose the kernels of whatever this process computes next."""
+    vae, seen = VAE(Model(str(PIPELINE)), "no").load(CPU), []
+    real = vae.vae.encode
+    monkeypatch.setattr(vae.vae, "encode", lambda x: (seen.append(torch.backends.cudnn.benchmark), real(x))[1])
+    assert not torch.backends.cudnn.benchmark
+    list(vae.encode([(None, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))]))
+    assert seen == [True] and not torch.backends.cudnn.benchmark

@@ -58,7 +58,6 @@ import train.loop  # noqa: F401
 from data.cache import Cache
 from data.common.safe import UserError
 from data.encoders import VAE, TextEncoders
-from data.precompute import Making
 from train.batches import Batches
 
 SHORT = ("--train_batch_size", 1, "--gradient_accumulation_steps", 1)
@@ -393,7 +392,7 @@ def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
 ):
     """Ten thousand captions take minutes too. The VAE is not even loaded before the end."""
     precompute(tmp_path / "whole", pictures)
-    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
+    monkeypatch.setattr("data.encoding.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
     run, real = tmp_path / "run", TextEncoders._start
     monkeypatch.setattr(TextEncoders, "_start", lambda *a: (time.sleep(0.1), real(*a))[1])
     process = precomputer(run, pictures, log)
@@ -561,7 +560,7 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
     assert pages(keys) < -(-(2 * count + 1) * 36 // PAGE)
     # The rows fit and the keys' next page does not. Space is freed when the captions are done.
     filler = leave(disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE))
-    monkeypatch.setattr("data.precompute.Making.encode_pictures", lambda _: filler.unlink())
+    monkeypatch.setattr(TextEncoders, "unload", lambda _: filler.unlink())
     process = precomputer(run, source, log)
     code = process.wait()
     assert code in (0, 3) and "Traceback" not in process.output, process.output
@@ -957,14 +956,14 @@ def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
 
 def test_a_picture_that_is_changed_while_it_waits_is_not_taken_for_the_one_before(source, tmp_path, monkeypatch):
     """Hours lie between the hash and the VAE, and the wrong row would have a good checksum for ever."""
-    real = Making.encode_captions
+    real = TextEncoders.load
     before = (source / "000.png").read_bytes()
 
-    def meanwhile(making):
+    def meanwhile(texts, device):
         shutil.copy(source / "005.png", source / "000.png")
-        real(making)
+        return real(texts, device)
 
-    monkeypatch.setattr(Making, "encode_captions", meanwhile)
+    monkeypatch.setattr(TextEncoders, "load", meanwhile)
     with pytest.raises(UserError, match="000.png: changed since precompute began; run it again"):
         precompute(tmp_path / "run", source)
     monkeypatch.undo()
@@ -1306,11 +1305,11 @@ def test_one_flipped_bit_of_the_cache_stops_training_and_precompute_repairs_it(f
 def poison(run, example):
     """Write NaN into a picture's posterior, under a good checksum."""
     cache = Cache(run / "cache")
-    at, moments = int(cache.index[example]["picture"]), cache.moments[0]
-    row = np.full_like(moments[at], np.nan)
+    at, posteriors = int(cache.index[example]["picture"]), cache.posteriors[0]
+    row = np.full_like(posteriors[at], np.nan)
     for path, place, blob in (
-        (moments.path, at * row.nbytes, row.tobytes()),
-        (moments.keys_path, at * 36 + 32, struct.pack("<I", zlib.crc32(row))),
+        (posteriors.path, at * row.nbytes, row.tobytes()),
+        (posteriors.keys_path, at * 36 + 32, struct.pack("<I", zlib.crc32(row))),
     ):
         with open(path, "r+b") as file:
             file.seek(place)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 
 from data.common.safe import UserError
-from data.images import read_rgb, upright_size
+from data.images import read_rgb, upright_size, without_pillows_limit
 
 
 def encoded(image, kind="PNG", **options):
@@ -42,7 +42,7 @@ STORED = {  # EXIF orientation -> how a camera that was held so stores UPRIGHT
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied_to_pixels_and_size(orientation, kind):
-    """A sideways picture teaches sideways people; a size that is not turned too tells SDXL a falsehood."""
+    """A sideways picture teaches sideways people, and a size that is not turned with it tells SDXL a falsehood."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = dict(lossless=True) if kind == "WEBP" else {}
@@ -57,7 +57,7 @@ def test_cmyk():
 
 
 def test_transparency_is_laid_over_white():
-    """Dropped, the colour that happens to stand behind transparency appears: mostly black."""
+    """If it were dropped, the colour that happens to stand behind it would appear: mostly black."""
     assert (pixels(encoded(Image.new("RGBA", (2, 2), (200, 0, 0, 0)))) == 255).all()
     half = pixels(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))).astype(int)
     assert (abs(half - (255, 127, 127)) <= 1).all()
@@ -98,9 +98,8 @@ def test_one_bit_and_grey():
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
-        data = encoded(
-            frames[0], kind, save_all=True, append_images=frames[1:], **(dict(lossless=True) if kind == "WEBP" else {})
-        )
+        options = dict(lossless=True) if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert (pixels(data) == (255, 0, 0)).all()
 
 
@@ -145,8 +144,18 @@ def test_what_cannot_be_read_is_named(case):
 def test_a_bomb_is_refused_by_its_header():
     """precompute asks for the size of every picture before it decodes one."""
     for case in ("bomb", "small bomb"):
-        with pytest.raises(UserError, match="row 3.*pixels"):
+        with without_pillows_limit(), pytest.raises(UserError, match="row 3.* is more than 268,435,456 pixels"):
             upright_size(BROKEN[case], "row 3")
+
+
+def test_pillows_own_limit_is_off_inside_and_back_behind():
+    """A picture that Pillow refuses and that is below our limit."""
+    limit, data = Image.MAX_IMAGE_PIXELS, encoded(Image.new("1", (14_000, 14_000)), "BMP")
+    with without_pillows_limit():
+        assert upright_size(data, "row 3") == (14_000, 14_000)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match="row 3.*pixels"):
+        upright_size(data, "row 3")
 
 
 @pytest.mark.slow
@@ -169,9 +178,8 @@ def test_damaged_bytes_give_a_picture_or_a_refusal():
             for read in (upright_size, lambda *args: read_rgb(*args).size[::-1]):
                 with contextlib.suppress(UserError):
                     sizes.add(read(bytes(data), "row 3"))
-            assert len(sizes) <= 1, (
-                sizes
-            )  # its bucket and time ids are chosen by the first, its pixels come from the second
+            # Its bucket and time ids are chosen by upright_size, and its pixels come from read_rgb.
+            assert len(sizes) <= 1, sizes
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 255])

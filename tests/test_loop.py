@@ -345,7 +345,7 @@ def test_nan_in_the_data_stops_naming_rows_and_timesteps(fresh):
     bad = batches.rows(3, 1)[0]  # first seen in step 4 or before
     seen = next(step for step in range(4) for slot in range(2) if bad in batches.rows(step, slot))
     at = int(cache.index[bad]["picture"])
-    moments = cache.moments[0]
+    moments = cache.posteriors[0]
     row = moments[at].copy()
     row[0, 0, 0, 0] = np.nan
     with open(moments.path, "r+b") as file:

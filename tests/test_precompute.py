@@ -1,4 +1,4 @@
-"""python -m data.precompute: encodes exactly what is not there, to the same bytes however often it was stopped."""
+"""python -m data.precompute encodes exactly what is not there, to the same bytes however often it was stopped."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_a_second_run_encodes_nothing_and_changes_nothing(fresh, pictures, no_en
     assert content(fresh) == before
 
 
-def test_moments_equal_the_vaes_posterior_of_the_prepared_picture(run):
+def test_posteriors_equal_the_vaes_of_the_prepared_picture(run):
     """From the file on disk, through diffusers' own image processor, to the row that training reads."""
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
@@ -68,7 +68,7 @@ def test_text_is_the_captions(run):
 
 
 def test_one_picture_with_several_captions_is_several_rows(source, tmp_path, capsys):
-    """Told by its name alone, its second caption would be its first one changed, and neither would ever be removed."""
+    """If rows were told by name alone, its second caption would count as its first one changed, and none as removed."""
     precompute(tmp_path / "run", source)
     for more, why in (
         (["another"], "1 caption new"),
@@ -98,7 +98,7 @@ def test_one_edited_caption_encodes_one_caption(fresh, source, run, capsys):
 
 
 def test_one_replaced_picture_encodes_one_picture(fresh, source, capsys):
-    """Under its old name: only the content tells."""
+    """It has its old name, so only its content tells."""
     shutil.copy(source / "001.png", source / "002.png")
     Image.new("RGB", (100, 80), "red").save(source / "004.png")
     precompute(fresh, source)
@@ -130,7 +130,7 @@ def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fre
     precompute(fresh, pictures, "--resolution", 128)
     assert f"to encode: {PICTURES} images at another resolution; " in capsys.readouterr().out
     cache = Cache(fresh / "cache")
-    assert cache.manifest["resolution"] == 128 and [m.shape for m in cache.moments] == [(2, 4, 16, 16)]
+    assert cache.manifest["resolution"] == 128 and [m.shape for m in cache.posteriors] == [(2, 4, 16, 16)]
     assert rows_files(fresh)["moments-64x64.rows"] == before["moments-64x64.rows"]  # and back again costs nothing
     other = source / "vae"
     shutil.copytree(PIPELINE / "vae", other)
@@ -142,7 +142,7 @@ def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fre
 
 @pytest.mark.parametrize("torn", [0, 1, 35])
 def test_what_a_kill_leaves_is_finished_to_the_same_bytes(torn, pictures, tmp_path, small_batches):
-    """No manifest, keys that end in the middle of one, rows behind the last key that count for nothing."""
+    """There is no manifest, the keys end in the middle of one, and rows behind the last key count for nothing."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     precompute(whole, pictures)
     shutil.copytree(whole, killed)
@@ -163,7 +163,7 @@ def test_what_a_kill_leaves_is_finished_to_the_same_bytes(torn, pictures, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("committed", [2, 4])
 def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
-    """A real process; the same command then goes on and ends with the same bytes."""
+    """A real process is killed; the same command then goes on and ends with the same bytes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     precompute(whole, pictures)
     process = Forked(
@@ -185,7 +185,7 @@ def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(
     """Free GPUs are taken back with a SIGTERM; every picture encoded until then was paid for."""
     stopped, real = tmp_path / "stopped", VAE._start
     monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
-    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 1)
+    monkeypatch.setattr("data.encoding.PICTURES_AT_ONCE", 1)
     process = Forked(
         "data.precompute", ("--output_dir", stopped, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log"
     )
@@ -226,7 +226,7 @@ def test_without_random_flip_the_mirrored_picture_is_the_picture(run):
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_unconditional_is_the_models_own(zeros, source, tmp_path):
-    """SDXL's pipeline uses zeros where its index says so, else the empty prompt; caption dropout must train that very one."""
+    """SDXL's pipeline uses zeros or the empty prompt, as its index says, and caption dropout must train the same."""
     model = tmp_path / "model"
     shutil.copytree(PIPELINE, model)
     index = json.loads((model / "model_index.json").read_text())
@@ -251,9 +251,9 @@ def nan_for(monkeypatch, at):
     real = VAE._finish
 
     def finish(self, *args):
-        moments = real(self, *args).clone()
-        moments[at : at + 1] *= torch.nan
-        return moments
+        posteriors = real(self, *args).clone()
+        posteriors[at : at + 1] *= torch.nan
+        return posteriors
 
     monkeypatch.setattr(VAE, "_finish", finish)
 
@@ -287,3 +287,14 @@ def test_the_manifest_says_what_the_next_stages_need(run):
     assert manifest["resolution"] == 64 and manifest["rows"] == PICTURES
     assert manifest["scaling_factor"] == json.loads((PIPELINE / "vae" / "config.json").read_text())["scaling_factor"]
     assert len(manifest["content"]) == len(hashlib.sha256().hexdigest())
+
+
+def test_pillows_limit_is_off_while_the_command_runs_and_only_then(tmp_path, capsys):
+    """196 million pixels are more than Pillow takes. With --explain only the header is read."""
+    (tmp_path / "source").mkdir()
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "source" / "large.bmp")
+    (tmp_path / "source" / "large.txt").write_text("a large picture")
+    limit = Image.MAX_IMAGE_PIXELS
+    precompute(tmp_path / "run", tmp_path / "source", "--explain")
+    assert capsys.readouterr().out.startswith("1 of 1 rows to encode: 1 caption new, 1 image new; ")
+    assert limit == Image.MAX_IMAGE_PIXELS

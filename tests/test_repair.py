@@ -1,4 +1,4 @@
-"""Rows that are damaged are made again in their place; rows that cannot be used stop the command or are left out."""
+"""Damaged rows are made again in their place. Rows that cannot be used stop the command or are left out."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_nothing_but_bad_rows_is_refused(names, source, tmp_path):
 
 
 def test_the_same_bad_picture_twice_is_listed_twice(source, tmp_path):
-    """It is tried once, as equal pictures are encoded once; both rows are left out and both are told."""
+    """It is tried once, because equal pictures are encoded once, but both rows are left out and listed."""
     add_bad(source, ["cut.jpg"])
     shutil.copy(source / "cut.jpg", source / "007.png")
     precompute(tmp_path / "run", source, "--skip_bad")
@@ -144,13 +144,13 @@ def test_the_same_bad_picture_twice_is_listed_twice(source, tmp_path):
     assert sorted(name for name, _ in cache.manifest["skipped"]) == ["007.png", "cut.jpg"]
 
 
-def test_a_picture_without_finite_moments_is_left_out_with_skip_bad(source, tmp_path, monkeypatch):
+def test_a_picture_without_a_finite_posterior_is_left_out_with_skip_bad(source, tmp_path, monkeypatch):
     real = VAE._finish
 
     def finish(self, pixels, *waiting):
-        moments = real(self, pixels, *waiting).clone()
-        moments[(pixels == 77).all(dim=(1, 2, 3))] = float("inf")
-        return moments
+        posteriors = real(self, pixels, *waiting).clone()
+        posteriors[(pixels == 77).all(dim=(1, 2, 3))] = float("inf")
+        return posteriors
 
     monkeypatch.setattr(VAE, "_finish", finish)
     precompute(tmp_path / "good", source)

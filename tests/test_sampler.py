@@ -20,7 +20,7 @@ def test_every_position_and_stream_draws_its_own_numbers():
 
 
 def test_draws_do_not_depend_on_what_was_drawn_before():
-    """What makes a resumed run equal to one that was never stopped."""
+    """This makes a resumed run equal to one that was never stopped."""
     first = draw(1, "noise", 5, 2)
     torch.manual_seed(99)
     np.random.seed(99)
@@ -44,7 +44,7 @@ def stream(seed, steps, slots, batch, lengths):
 
 
 def test_every_example_once_per_epoch_in_an_order_of_its_own():
-    """Also where the batch does not divide the data: nothing is dropped, nothing comes twice."""
+    """Also when the batch does not divide the data, nothing is dropped and nothing comes twice."""
     length = 10
     rows = [row for _, row in stream(0, 20, 1, 3, [length])]
     epochs = [rows[i : i + length] for i in range(0, 60, length)]
@@ -66,7 +66,7 @@ def test_slots_split_one_order():
 
 
 def test_a_step_is_of_one_bucket_and_each_bucket_goes_round():
-    """Every bucket's examples once, then again in another order; what an epoch leaves over comes first in the next."""
+    """All examples of a bucket come once, then again in another order; what an epoch leaves over comes next."""
     lengths, steps, slots, batch = [7, 0, 20, 2], 200, 2, 2
     seen = {bucket: [] for bucket, _ in enumerate(lengths)}
     for step in range(steps):

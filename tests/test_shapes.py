@@ -11,7 +11,7 @@ from conftest import PIPELINE, PRECOMPUTE, TRAIN, Forked, content, here, precomp
 from PIL import Image
 from safetensors.torch import load
 
-from data.buckets import sizes
+from data.buckets import make_buckets
 from data.cache import Cache
 from data.encoders import VAE
 from data.images import read_rgb
@@ -72,7 +72,7 @@ def resized_and_cropped(image, shape):
 def test_each_picture_is_at_the_size_that_keeps_most_of_it(mixed):
     pictures, upright, run = mixed
     cache = Cache(run / "cache")
-    assert [tuple(size) for size in cache.sizes] == SHAPES == sizes(RESOLUTION, True)
+    assert [tuple(size) for size in cache.buckets] == SHAPES == make_buckets(RESOLUTION, True)
     used = set()
     for name, record in zip(cache.names(range(MIXED)), cache.index):
         height, width = upright[name]
@@ -165,8 +165,8 @@ def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (killed / "cache" / "manifest.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("data.precompute.PICTURES_AT_ONCE", 2)
-    monkeypatch.setattr("data.precompute.CAPTIONS_AT_ONCE", 2)
+    monkeypatch.setattr("data.encoding.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("data.encoding.CAPTIONS_AT_ONCE", 2)
     precompute(killed, few, *flags)
     assert content(killed) == content(tmp_path / "whole")
 

@@ -1,4 +1,4 @@
-"""What is found out before anything is encoded: what is new and why, which rows are the same, which are held out."""
+"""What is found out before anything is encoded: what is new and why, which rows are equal, and which are held out."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 from data.cache import Cache
 from data.common.safe import UserError
 from data.dataset import open_examples
-from data.survey import survey
+from data.survey import Skipped, survey
 from train.batches import chosen, draw
 
 
@@ -33,12 +33,12 @@ def flip_byte(path, at):
     path.write_bytes(blob)
 
 
-def recaption(source, number, text):
-    edit_captions(source, lambda rows: [dict(row, text=text) if i == number else row for i, row in enumerate(rows)])
+def recaption(source, index, text):
+    edit_captions(source, lambda rows: [dict(row, text=text) if i == index else row for i, row in enumerate(rows)])
 
 
-def replace(source, number):
-    Image.new("RGB", (100, 80), "red").save(source / f"{number:03d}.png")
+def replace(source, index):
+    Image.new("RGB", (100, 80), "red").save(source / f"{index:03d}.png")
 
 
 def add(source):
@@ -117,7 +117,7 @@ def test_explain_says_what_the_next_run_does_and_does_nothing(change, cached, so
 
 
 def test_explain_tells_of_the_unconditionals_repair(cached, source, tmp_path, capsys):
-    """Its row belongs to no example, but a run that loads both text encoders for it does not do nothing."""
+    """Its row belongs to no example, but a run that loads both text encoders for it does something."""
     run = tmp_path / "run"
     shutil.copytree(cached, run)
     flip_byte(run / "cache" / "captions.rows", 100)
@@ -126,7 +126,7 @@ def test_explain_tells_of_the_unconditionals_repair(cached, source, tmp_path, ca
 
 
 def test_rows_of_one_name_in_several_folders_are_told_apart(pictures, tmp_path, capsys):
-    """a/000.png and b/000.png: one removed is one removed, one new is not one changed."""
+    """When a/same.png is removed, one row is removed; when c/same.png comes, one is new and none is changed."""
     source = tmp_path / "source"
     for i, folder in enumerate("abc"):
         (source / folder).mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, do
 
 
 def small_pictures(folder, count):
-    """Pictures of 16 pixels, none like another, with captions."""
+    """Pictures of 16 × 16 pixels, no two alike, with captions."""
     folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(0)
     for i in range(count):
@@ -178,11 +178,9 @@ def small_pictures(folder, count):
 
 def held_out(folder, fraction):
     """-> {name of a picture: whether it is held out}, without encoding"""
-    asked = settings("data.precompute", train_data_dir=str(folder), validation_fraction=fraction)
+    examples = open_examples(settings("data.precompute", train_data_dir=str(folder)))
     with ThreadPoolExecutor(2) as pool:
-        rows, names = survey(
-            open_examples(asked), asked, [(64, 64)], "texts", "vae", pool, lambda name, error: pytest.fail(name)
-        )
+        rows, names = survey(examples, ("texts", "vae"), [(64, 64)], False, fraction, pool, Skipped(allowed=False))
     return dict(zip(names, rows["held_out"].tolist()))
 
 
@@ -208,7 +206,7 @@ def test_what_is_held_out_is_a_share_chosen_by_content(tmp_path):
 
 
 def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
-    """Nor anything like it; the rest comes every epoch."""
+    """And the rest comes in every epoch."""
     folder, run = small_pictures(tmp_path / "d", 24), tmp_path / "run"
     precompute(run, folder, "--validation_fraction", 0.3)
     cache, wanted = Cache(run / "cache"), held_out(folder, 0.3)
@@ -296,7 +294,7 @@ def test_captions_that_are_not_utf_8_are_refused_naming_the_file(kind, tmp_path)
 
 
 def test_a_file_name_that_is_not_utf_8_is_no_obstacle(pictures, tmp_path):
-    """Linux allows any bytes; found out after hours of encoding it would be a traceback."""
+    """Linux allows any bytes in a name, and after hours of encoding that would end in a traceback."""
     source = tmp_path / "source"
     source.mkdir()
     name = b"f\xfcchse.png".decode("utf-8", "surrogateescape")
@@ -307,7 +305,7 @@ def test_a_file_name_that_is_not_utf_8_is_no_obstacle(pictures, tmp_path):
 
 
 def test_training_does_not_read_the_names(cached, tmp_path):
-    """They are for messages: gone or changed, the same numbers come."""
+    """They are for messages only, so training draws the same numbers when they are gone."""
     values = settings("train", train_batch_size=4)
     signal = torch.ones(1000)
     wanted = draw(Cache(cached / "cache"), values, signal, 0, 0)

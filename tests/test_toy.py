@@ -214,10 +214,10 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     from lora.files import export
     from lora.inject import inject
 
-    unet = load(UNet2DConditionModel, Model(str(PIPELINE)).part("unet"), torch.float32, "cpu")
+    unet = load(UNet2DConditionModel, Model(str(PIPELINE)).component("unet"), torch.float32, "cpu")
     export(inject(unet, 4, 4.0), tmp_path / "lora.safetensors", "toy", SIZE)
     model = {"name": str(PIPELINE), "revision": None, "variant": None}
-    scaling_factor = Model(str(PIPELINE)).part("vae").config()["scaling_factor"]
+    scaling_factor = Model(str(PIPELINE)).component("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()
     facts = {"model": model, "vae": model, "scaling_factor": scaling_factor}
     write_index(tmp_path / "cache", np.zeros(0, INDEX), [], facts)
@@ -268,7 +268,7 @@ def test_captions_embed_differently_and_the_vae_reconstructs(renders):
             assert not torch.allclose(text[i], text[j], atol=1e-2)
             assert not torch.allclose(pooled[i], pooled[j], atol=1e-2)
 
-    vae = load(AutoencoderKL, Model(str(PIPELINE)).part("vae"), torch.float32, "cpu")
+    vae = load(AutoencoderKL, Model(str(PIPELINE)).component("vae"), torch.float32, "cpu")
     for style, most in (("base", 0.03), ("ink", 0.037)):  # mean absolute error, -1..1; it is 0.022 and 0.027
         true = renders[style][:8]
         given = as_pixels(through_vae(vae, true)).float() / 127.5

@@ -123,7 +123,7 @@ def setup(settings, folder):
     check_flags(settings)
     identity = dict(asdict(settings), base=base.public_name(), revision=base.revision, cache=cache.manifest["content"])
     state = read_state(folder / "state", identity)
-    scheduler = base.part("scheduler").config("scheduler_config.json")
+    scheduler = base.component("scheduler").config("scheduler_config.json")
     alpha_bar = diffusion.noise_schedule(scheduler)
 
     unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
@@ -204,7 +204,7 @@ def load_unet(base, cache, dtype, device, compiled):
         fuse_projections(unet)
         fused.fuse(unet, compiled)
 
-    unet = load(UNet2DConditionModel, base.part("unet"), dtype, device, prepare)
+    unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]
     if unet.config.addition_embed_type != "text_time" or width != has:
         raise UserError(

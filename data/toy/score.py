@@ -75,10 +75,10 @@ def held_out_loss(run, model, vae_model, scaling_factor):
     pixels = as_pixels([render(scene, "ink", seed) for scene, seed in scenes])
     posterior = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([(None, pixels)]))[1].float()
     text, pooled = TextEncoders(model, "no").load(torch.device("cpu"))([caption(scene) for scene, _ in scenes])
-    unet = load(UNet2DConditionModel, model.part("unet"), torch.float32, "cpu")
+    unet = load(UNet2DConditionModel, model.component("unet"), torch.float32, "cpu")
     adapters, _ = load_lora(unet, run / "lora.safetensors")
 
-    scheduler = model.part("scheduler").config("scheduler_config.json")
+    scheduler = model.component("scheduler").config("scheduler_config.json")
     alpha_bar, prediction_type = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     x0 = posterior[:, 0] * scaling_factor  # its mean
@@ -108,7 +108,7 @@ def score(run):
     manifest = read_manifest(run / "cache")
     model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
 
-    vae = load(AutoencoderKL, vae_model.part("vae"), torch.float32, "cpu")
+    vae = load(AutoencoderKL, vae_model.component("vae"), torch.float32, "cpu")
     true = {
         style: through_vae(vae, [render(s, style, TRUE_SEED + i) for i, s in enumerate(scenes)])
         for style in ("base", "ink")

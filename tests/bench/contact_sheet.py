@@ -91,7 +91,7 @@ def pairs(cache, folder):
     from diffusers import AutoencoderKL
 
     vae, found = AutoencoderKL.from_pretrained(TOY / "vae", torch_dtype=torch.float32).eval(), {}
-    for bucket, members in zip(cache.sizes, cache.members):
+    for bucket, members in zip(cache.buckets, cache.members):
         for example, name in zip(members, cache.names(members)):
             mean = torch.from_numpy(cache.batch([example], [False], [False])["mean"]).float()
             latent = mean * cache.manifest["scaling_factor"]  # what training sees
@@ -135,7 +135,7 @@ def main(argv):
     cache = Cache(run / "cache")
     found = pairs(cache, folder)
     sheet(found, folder).save(out / "contact_sheet.png", optimize=True)
-    buckets = {f"{width}x{height}": len(members) for (height, width), members in zip(cache.sizes, cache.members)}
+    buckets = {f"{width}x{height}": len(members) for (height, width), members in zip(cache.buckets, cache.members)}
     off = {name: round(float(np.abs(np.subtract(*both, dtype=float)).mean()), 2) for name, both in found.items()}
     mean, worst = round(float(np.mean(list(off.values()))), 2), max(off, key=off.get)
     print(*(f"{bucket}: {count} pictures" for bucket, count in buckets.items()), sep="\n")

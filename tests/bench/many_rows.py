@@ -68,7 +68,7 @@ def precompute(folder, run):
 
         def encode(self, batches):
             for tag, pixels in batches:
-                yield tag, torch.rand(len(pixels), *self.shape(pixels.shape[1:3])).half()
+                yield tag, torch.rand(len(pixels), *self.posterior_shape(pixels.shape[1:3])).half()
 
     encoders.TextEncoders, encoders.VAE = Texts, Pictures
     flags = ["--output_dir", run, "--train_data_dir", folder, "--pretrained_model_name_or_path", str(TOY)]

@@ -5,6 +5,7 @@ OUT/precompute.json.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.encoders import VAE, TextEncoders
+from data.encoders import VAE, TextEncoders, fastest_convolutions
 from data.models.files import Model, load
 from data.precompute import main as precompute
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
@@ -58,9 +59,8 @@ def one_at_a_time(model, precision, pictures, resolution, device):
 
 
 def plain_vae(model, precision, device):
-    """diffusers' own VAE, without cuDNN's search for the fastest kernels."""
-    torch.backends.cudnn.benchmark = False
-    return load(AutoencoderKL, model.part("vae"), VAE(model, precision).dtype, device)
+    """diffusers' own VAE."""
+    return load(AutoencoderKL, model.component("vae"), VAE(model, precision).dtype, device)
 
 
 def vae_alone(model, precision, resolution, device, least):
@@ -69,13 +69,14 @@ def vae_alone(model, precision, resolution, device, least):
     for name in ("ours", "diffusers"):
         if name == "ours":
             ours = VAE(model, precision).load(device)
-            vae, layout = ours.vae, ours.layout
+            vae, layout, convolutions = ours.vae, ours.layout, fastest_convolutions
         else:
             vae, layout = plain_vae(model, precision, device), torch.contiguous_format
+            convolutions = contextlib.nullcontext
         for batch in (1, 2, 4, 8):
             x = torch.rand(batch, 3, resolution, resolution, device=device) * 2 - 1
             x = x.to(vae.dtype, memory_format=layout)
-            with torch.inference_mode():
+            with torch.inference_mode(), convolutions():
                 took = seconds(lambda: vae.encode(x).latent_dist.mean, least, device)
             rates[f"{name}, batch {batch}"] = batch / took
             print(f"{name}, batch {batch}: {batch / took:.1f} images/s", flush=True)

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.buckets import sizes
-from data.cache import INDEX, Rows, moments_name, write_index
+from data.buckets import make_buckets
+from data.cache import INDEX, Rows, posteriors_name, write_index
 from data.common.flags import parse
 from data.common.safe import UserError
 from data.models.files import Model, load
@@ -46,22 +46,22 @@ def apart(function, *args):
         return pool.submit(function, *args).result()
 
 
-def make_cache(folder, pipeline, sizes):
-    """Write a finished cache of random numbers for the model's UNet: eight rows for each bucket of `sizes`."""
+def make_cache(folder, pipeline, buckets):
+    """Write a finished cache of random numbers for the model's UNet: eight rows for each bucket."""
     config, rng, rows = json.loads((Path(pipeline) / "unet/config.json").read_text()), np.random.default_rng(0), 8
     text = (77, config["cross_attention_dim"])
     pooled = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
-    moments = [(2, 4, height // 8, width // 8) for height, width in sizes]
+    shapes = [(2, 4, height // 8, width // 8) for height, width in buckets]
     folder.mkdir(parents=True)
-    for name, shape in [("captions", (text[0] * text[1] + pooled[0],)), *zip(map(moments_name, sizes), moments)]:
+    for name, shape in [("captions", (text[0] * text[1] + pooled[0],)), *zip(map(posteriors_name, buckets), shapes)]:
         numbers = np.abs(rng.standard_normal((rows, *shape))).astype(np.float16)
         Rows(folder, name, shape).write(rows, [([f"{name} {i}".encode() for i in range(rows)], numbers)])
-    index = np.zeros((len(sizes), rows), INDEX)
-    index["size"] = np.arange(len(sizes))[:, None]
+    index = np.zeros((len(buckets), rows), INDEX)
+    index["size"] = np.arange(len(buckets))[:, None]
     index["picture"] = index["mirrored"] = index["caption"] = range(rows)
-    index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*size, 0, 0, *size)] for size in sizes])
-    facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, sizes)))
-    facts |= dict(sizes=sizes, moments_shapes=moments, text_shape=text, pooled_shape=pooled)
+    index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*bucket, 0, 0, *bucket)] for bucket in buckets])
+    facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, buckets)))
+    facts |= dict(sizes=buckets, moments_shapes=shapes, text_shape=text, pooled_shape=pooled)
     facts |= dict(scaling_factor=0.13, unconditional=0)
     write_index(folder, index.ravel(), [str(i) for i in range(index.size)], facts)
 
@@ -101,9 +101,9 @@ def reference(work, cuda, batch):
     cache, device = Cache(work / "cache"), torch.device("cuda" if cuda else "cpu")
     model, half = Model(**cache.manifest["model"]), torch.float16 if cuda else torch.float32
     settings = parse("train", ["--output_dir", "unused", "--train_batch_size", str(batch)])
-    alpha_bar = noise_schedule(model.part("scheduler").config("scheduler_config.json"))
+    alpha_bar = noise_schedule(model.component("scheduler").config("scheduler_config.json"))
     batches = Batches(cache, settings, len(alpha_bar))
-    unet = load(UNet2DConditionModel, model.part("unet"), half, device)
+    unet = load(UNet2DConditionModel, model.component("unet"), half, device)
     rank = 32 if cuda else 4
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     parameters = [p for p in unet.parameters() if p.requires_grad]
@@ -220,11 +220,11 @@ def machine(work):
     """Make the models and caches that are measured. -> facts about the machine"""
     if not torch.cuda.is_available():
         make_cache(work / "cache", TOY, [(128, 128)])
-        make_cache(work / "buckets" / "cache", TOY, sizes(128, True))
+        make_cache(work / "buckets" / "cache", TOY, make_buckets(128, True))
         return dict(device="cpu", torch=torch.__version__, matmul_tflops=None)
     make_pipeline(work / "pipeline", "cuda", ("unet",))
     make_cache(work / "cache", work / "pipeline", [(1024, 1024)])
-    make_cache(work / "buckets" / "cache", work / "pipeline", sizes(1024, True))
+    make_cache(work / "buckets" / "cache", work / "pipeline", make_buckets(1024, True))
     return dict(device=torch.cuda.get_device_name(), torch=torch.__version__, matmul_tflops=matmul_tflops())
 
 

@@ -1,0 +1,179 @@
+"""The two long steps of precompute: captions through the text encoders, then pictures through the VAE.
+
+Workers read, decode and stack the next batches while one is encoded and the one before it is written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.buckets import resize_and_crop
+from data.cache import Rows
+from data.common import safe
+from data.common.ahead import ahead
+from data.dataset import Examples
+from data.images import read_rgb
+from data.survey import EXAMPLES_AHEAD, image_digest
+
+CAPTIONS_AT_ONCE = 64
+PICTURES_AT_ONCE = 16  # at most, and as few as keep one channel of a batch's pixels in the VAE's dtype ...
+BYTES_AT_ONCE = 2**23  # ... within these bytes: four pictures of 1024 × 1024 in half precision
+BATCHES_AHEAD = 2  # batches of pictures that the workers stack before the VAE asks for them
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A cache in the making: what it is to hold, and the files that hold it or will."""
+
+    folder: Path
+    texts: object  # TextEncoders; like the VAE not imported from data.encoders, because that takes seconds
+    vae: object
+    buckets: list[tuple[int, int]]
+    examples: Examples
+    rows: np.ndarray  # what each example is made of, as survey tells it
+    names: list[str]
+    unconditional: bytes  # the key of the unconditional embedding, which is one row of captions
+    zeros: bool  # whether that is zeros, as SDXL's is, or the embedding of the empty caption
+    captions: Rows
+    posteriors: list[Rows]  # of each bucket
+
+    def example(self, row):
+        return self.examples[int(self.rows["index"][row])]
+
+    def name(self, row):
+        """The name that messages call the row's example by."""
+        return self.examples.name(int(self.rows["index"][row]))
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What of a draft is not on disk yet."""
+
+    unconditional: bool
+    captions: np.ndarray  # indices of rows
+    pictures: list[tuple[np.ndarray, np.ndarray]]  # of each bucket: indices of rows, and whether it is the mirror image
+
+
+def encode_captions(draft, todo, device, stop):
+    """Encode the captions that are missing, and the unconditional embedding."""
+    if not len(todo.captions) and not todo.unconditional:
+        return
+    texts = draft.texts.load(device)
+    if todo.unconditional:
+        draft.captions.write(1, unconditional(draft))
+    draft.captions.write(len(todo.captions), captions_in_batches(draft, todo.captions, stop))
+    stop_if_asked(stop)
+    texts.unload()  # because both encoders would not fit into a small GPU's memory next to the VAE
+
+
+def encode_pictures(draft, todo, device, stop, pool, failed):
+    """Encode the pictures that are missing, bucket by bucket. Those that cannot be used go to `failed`, by digest."""
+    count = sum(len(rows) for rows, _ in todo.pictures)
+    if not count:
+        return
+    draft.vae.load(device)
+    with tqdm(total=count, unit="image", desc="pictures") as bar:
+        for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
+            pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
+            posteriors.write(len(rows), posteriors_in_batches(draft, bucket, pictures, stop, pool, failed))
+            stop_if_asked(stop)
+
+
+def stop_if_asked(stop):
+    if stop.received:
+        raise safe.Stopped(stop.received, "stopped, what is encoded is kept; run the same command to go on")
+
+
+def unconditional(draft):
+    """The one batch (keys, embeddings) that is the unconditional embedding: zeros, or the empty caption's."""
+    keys = [draft.unconditional]
+    if draft.zeros:
+        return [(keys, np.zeros((1, *draft.captions.shape)))]
+    return draft.texts.encode([(keys, [""])])
+
+
+def captions_in_batches(draft, rows, stop):
+    """Yield (keys, embeddings) of the captions of `rows`, until a signal stops it."""
+    long = []  # rows whose caption is longer than CLIP reads
+
+    def captions():
+        for batch in batches(rows, CAPTIONS_AT_ONCE):
+            if stop.received:
+                return
+            texts = [draft.example(row).caption for row in batch]
+            long.extend(row for row, text in zip(batch, texts) if draft.texts.truncated(text))
+            yield draft.rows["caption_key"][batch], texts
+
+    with tqdm(total=len(rows), unit="caption", desc="captions") as bar:
+        for keys, embeddings in draft.texts.encode(captions()):
+            bar.update(len(keys))
+            yield keys, embeddings.numpy()
+    if long:
+        print(
+            f"{len(long):,} captions are longer than CLIP reads; "
+            f"what follows 75 tokens is not seen, e.g. of {draft.example(long[0]).caption!r}"
+        )
+
+
+def decoded(draft, bucket, pictures, pool, failed, bar):
+    """Yield (row, key, pixels) of each (row, mirrored) that can be read, decoded ahead by the workers."""
+
+    def decode(picture):
+        row, mirrored = picture
+        example = draft.example(row)
+        try:
+            data = example.data()
+            if image_digest(data) != draft.rows["image_digest"][row]:
+                raise safe.UserError(f"{example.name}: changed since precompute began; run it again")
+            pixels = resize_and_crop(read_rgb(data, example.name), bucket, example.name)
+        except safe.UserError as error:
+            return row, None, error
+        if mirrored:
+            return row, draft.rows["mirrored_key"][row], pixels[:, ::-1]
+        return row, draft.rows["picture_key"][row], pixels
+
+    for row, key, result in ahead(pool, decode, pictures, EXAMPLES_AHEAD):
+        bar.update()
+        if key is None:
+            failed.add(draft.rows["image_digest"][row], draft.name(row), result)
+        else:
+            yield row, key, result
+
+
+def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed):
+    """Yield (keys, posteriors (B, 2, 4, h, w) fp16) of the (row, key, pixels) `pictures`, until a signal stops it."""
+    vae = draft.vae
+    at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (bucket[0] * bucket[1] * vae.dtype.itemsize)))
+
+    def stack(batch):
+        rows, keys, pixels = zip(*batch)
+        return (rows, np.array(keys)), vae.stage(np.stack(pixels))
+
+    def stacked():
+        for batch in ahead(pool, stack, batches(pictures, at_once), BATCHES_AHEAD):
+            if stop.received:
+                return
+            yield batch
+
+    for (rows, keys), posteriors in vae.encode(stacked()):
+        posteriors = posteriors.numpy()
+        finite = np.isfinite(posteriors).all(axis=(1, 2, 3, 4))
+        for i in np.flatnonzero(~finite):
+            row, name = rows[i], draft.name(rows[i])
+            problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
+            failed.add(draft.rows["image_digest"][row], name, safe.NumbersError(problem))
+        yield keys[finite], posteriors[finite]
+
+
+def batches(items, size):
+    """Lists of `size` items, the last one shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
