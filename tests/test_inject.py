@@ -158,7 +158,7 @@ def test_two_backwards_accumulate(unet):
 
 
 def test_the_gradient_is_the_one_that_autograd_gives_the_layers(unet):
-    """Every place of the vector but the padding, in the order of the layers. backward() itself leaves the vector alone."""
+    """Every place of the vector but the padding, in the layers' order. backward() itself leaves the vector alone."""
     adapters = inject_filled(unet, rank=3)
     loss(unet).backward()
     assert not adapters.vector.grad.any()

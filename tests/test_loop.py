@@ -152,7 +152,7 @@ def test_recomputing_activations_changes_no_bit(fresh, tmp_path, monkeypatch, un
 
 
 def test_eight_bit_adam_on_the_flat_vector_equals_one_tensor_at_a_time():
-    """Bit for bit, for tensors of at least 4,096 numbers, because padding to 256 keeps a quantisation block in one tensor."""
+    """Bit for bit, for tensors of 4,096 numbers or more: padded to 256, a quantisation block stays in one tensor."""
     bnb = pytest.importorskip("bitsandbytes")
 
     class Attention(torch.nn.Module):

@@ -120,7 +120,7 @@ def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
 
 @pytest.mark.gpu
 def test_the_predicted_peak_is_the_runs(cached, capfd):
-    """All, half and no blocks recomputed, on a batch large enough to matter, in an eager run, in bytes that are in use."""
+    """All, half and no blocks recomputed, on a large batch, in an eager run, in bytes that are in use."""
     from train.loop import setup
 
     values = settings("train", output_dir=str(cached), train_batch_size=64, rank=4, no_cuda_graph=True)

@@ -15,7 +15,7 @@ from data.cache import Cache
 from data.common.safe import UserError
 from data.dataset import open_examples
 from data.survey import Skipped, survey
-from train.batches import chosen, draw
+from train.batches import Batches
 
 
 def everything(folder):
@@ -213,7 +213,8 @@ def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
     outside = {i for i, name in enumerate(cache.names(range(24))) if wanted[name]}
     assert 2 < len(outside) < 15 and len(cache) == 24 - len(outside) and cache.manifest["held_out"] == len(outside)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=2, seed=5)
-    drawn = [example for step in range(40) for slot in range(2) for example in chosen(cache, values, step, slot)]
+    batches = Batches(cache, values, 1000)
+    drawn = [example for step in range(40) for slot in range(2) for example in batches.rows(step, slot)]
     assert set(drawn) == set(range(24)) - outside
     batch = cache.batch(sorted(outside), np.zeros(len(outside), bool), np.zeros(len(outside), bool))
     assert batch["mean"].any()  # there for validation
@@ -307,9 +308,8 @@ def test_a_file_name_that_is_not_utf_8_is_no_obstacle(pictures, tmp_path):
 def test_training_does_not_read_the_names(cached, tmp_path):
     """They are for messages only, so training draws the same numbers when they are gone."""
     values = settings("train", train_batch_size=4)
-    signal = torch.ones(1000)
-    wanted = draw(Cache(cached / "cache"), values, signal, 0, 0)
+    wanted = Batches(Cache(cached / "cache"), values, 1000).draw(0, 0)
     shutil.copytree(cached, tmp_path / "run")
     (tmp_path / "run" / "cache" / "names.txt").unlink()
-    found = draw(Cache(tmp_path / "run" / "cache"), values, signal, 0, 0)
+    found = Batches(Cache(tmp_path / "run" / "cache"), values, 1000).draw(0, 0)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
