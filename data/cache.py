@@ -11,6 +11,7 @@ A row is found by what it was made of. One that is there is never made again, an
 bucket changed has another key, so that it cannot be taken for what it is not.
 """
 
+import collections
 import errno
 import hashlib
 import io
@@ -250,6 +251,56 @@ def _whole(folder, manifest, name):
 
 def _names(folder, manifest):
     return _whole(folder, manifest, "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def cache_folder(run, given=None):
+    """The folder of the cache that a run reads: --cache_dir where it is given, else the one that RUN/run.json names."""
+    began = read_began(run)
+    return Path(given or (began and began["cache_dir"]) or Path(run) / "cache")
+
+
+def read_began(run):
+    """What a training wrote into RUN/run.json when it began (train/identity.py); None where there was none."""
+    path = Path(run) / "run.json"
+    try:
+        began = json.loads(path.read_bytes())
+        if isinstance(began["cache_dir"], str | None) and isinstance(began["identity"], dict):
+            return began
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"{path}: damaged; delete it, and name the run's --cache_dir if it has one")
+
+
+def changed_rows(then, now):
+    """What differs between two states of a cache, each (index, names), as people say it: ["1 caption changed", …]"""
+    (old_index, old_names), (index, names) = then, now
+    old, new = ({name: i for i, name in enumerate(told_apart(some))} for some in (old_names, names))
+    common = [name for name in new if name in old]
+    a, b = old_index[[old[name] for name in common]], index[[new[name] for name in common]]
+    counts = {
+        "caption changed": (a["caption_digest"] != b["caption_digest"]).sum(),
+        "image changed": (a["image_digest"] != b["image_digest"]).sum(),
+        "row added": len(new.keys() - old.keys()),
+        "row removed": len(old.keys() - new.keys()),
+        "row held out otherwise": (a["held_out"] != b["held_out"]).sum(),
+        "row at another resolution or crop": (a["time_ids"] != b["time_ids"]).any(axis=1).sum(),
+    }
+    return [f"{count:,} {_plural(what, count)}" for what, count in counts.items() if count]
+
+
+def _plural(what, count):
+    noun, _, rest = what.partition(" ")
+    return what if count == 1 else f"{noun}s {rest}"
+
+
+def told_apart(names):
+    """The names, with a count behind a repeated one, because one picture may have several captions."""
+    seen = collections.Counter()
+    for name in names:
+        seen[name] += 1
+        yield f"{name}\n{seen[name]}" if seen[name] > 1 else name  # which is no name, because names have one line
 
 
 class Cache:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data import buckets, check
-from data.cache import INDEX, Rows, posteriors_name, read_index, write_index
-from data.common import safe
+from data.cache import INDEX, Rows, posteriors_name, read_index, told_apart, write_index
+from data.common import door, safe
 from data.common.flags import parse
 from data.dataset import open_examples
 from data.encoding import Draft, Todo, encode_captions, encode_pictures
@@ -21,6 +21,7 @@ from data.images import without_pillows_limit
 from data.models.files import Model
 from data.survey import Skipped, changes, key, missing, survey
 
+WRITES = ("manifest.json", "index.npy", "names.txt", "captions.rows", "captions.keys")
 # What a resumed training must find unchanged, of each row.
 CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")
 
@@ -29,11 +30,12 @@ def main(argv):
     settings = parse("data.precompute", argv)
     if settings.resolution % buckets.STEP:
         raise safe.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
-    folder = settings.output_dir
-    run = contextlib.nullcontext(Path(folder)) if settings.explain else safe.run_folder(folder, writes=["cache"])
-    with run as folder, without_pillows_limit(), ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
+    flag = "--cache_dir" if settings.cache_dir else "--output_dir"
+    folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
+    held = contextlib.nullcontext() if settings.explain else door.hold(folder, flag, WRITES, ".writer")
+    with held, without_pillows_limit(), ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
         try:
-            precompute(settings, folder / "cache", pool)
+            precompute(settings, folder, pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -54,14 +56,14 @@ def precompute(settings, folder, pool):
     if settings.explain:
         return
 
-    stop = safe.Signals()  # from here on there is something to save when a signal comes
-    folder.mkdir(exist_ok=True)
-    began = time.perf_counter()
-    encode_captions(draft, todo, device, stop)
-    between = time.perf_counter()
-    encode_pictures(draft, todo, device, stop, pool, failed)
-    ended = time.perf_counter()
-    left_out = commit(draft, settings.resolution, skipped, failed)
+    with door.changing(folder, harmless=lambda: only_adds(draft, todo)):
+        stop = safe.Signals()  # from here on there is something to save when a signal comes
+        began = time.perf_counter()
+        encode_captions(draft, todo, device, stop)
+        between = time.perf_counter()
+        encode_pictures(draft, todo, device, stop, pool, failed)
+        ended = time.perf_counter()
+        left_out = commit(draft, settings.resolution, skipped, failed)
     print(
         f"{which} encoded: {why}; "
         f"text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included"
@@ -118,6 +120,20 @@ def missing_pictures(rows, bucket, posteriors):
     members = np.flatnonzero(rows["size"] == bucket)
     which = missing(np.concatenate([rows["picture_key"][members], rows["mirrored_key"][members]]), posteriors)
     return members[which % max(1, len(members))], which >= len(members)
+
+
+def only_adds(draft, todo):
+    """Whether all that the cache holds stays as it is: no damaged row is written again, and no old record changes."""
+    index, (old_index, old_names) = places(draft), read_index(draft.folder) or (np.empty(0, INDEX), [])
+    again = [
+        index["caption"][todo.captions],
+        draft.captions.find(np.array([draft.unconditional] * todo.unconditional, "S32")),
+    ]
+    again += [np.where(flip, index["mirrored"][rows], index["picture"][rows]) for rows, flip in todo.pictures]
+    new = dict(zip(told_apart(draft.names), index))
+    return (np.concatenate(again) < 0).all() and all(
+        new.get(name) == old for name, old in zip(told_apart(old_names), old_index)
+    )
 
 
 def in_words(draft, todo):

@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from data import buckets
-from data.cache import INDEX
+from data.cache import INDEX, told_apart
 from data.common.ahead import ahead
 from data.common.safe import UserError
 from data.images import upright_size
@@ -87,14 +87,6 @@ def missing(keys, rows):
     _, first = np.unique(keys, return_index=True)
     first.sort()
     return first[[place < 0 or not rows.good(place) for place in rows.find(keys[first])]]
-
-
-def told_apart(names):
-    """The names, with a count behind a repeated one, because one picture may have several captions."""
-    seen = collections.Counter()
-    for name in names:
-        seen[name] += 1
-        yield f"{name}\n{seen[name]}" if seen[name] > 1 else name  # which is no name, because names have one line
 
 
 def changes(rows, names, pictures, captions, before, also):

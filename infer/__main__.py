@@ -1,14 +1,24 @@
-"""python -m infer: flags first, then the seconds it takes to import torch."""
+"""python -m infer: what can be refused without torch first, then the seconds that importing it takes."""
 
 import sys
+from pathlib import Path
 
-from data.common import safe
+from data.common import door, safe
 from data.common.flags import parse
 
 
 def main(argv):
     settings = parse("infer", argv)
-    with safe.run_folder(settings.output_dir, writes=["compare"]) as run:
+    run = door.can_be_written(settings.output_dir, "--output_dir")
+    lora = Path(settings.lora_path or run / "lora.safetensors")
+    if not lora.exists():
+        raise safe.UserError(f"{lora}: no such file; python -m train writes RUN/lora.safetensors")
+    door.look_at(lora, "file")
+    if not settings.base_model:
+        from data.cache import cache_folder, read_manifest
+
+        read_manifest(cache_folder(run))
+    with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json")):
         from infer.compare import compare
 
         compare(settings, run)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from data import check
-from data.cache import read_manifest
+from data.cache import cache_folder, read_manifest
 from data.common.safe import atomic_write, sha256_file
 from data.encoders import TextEncoders
 from data.models.files import Model, load
@@ -42,7 +42,6 @@ def compare(settings, run):
     shape = (unet.config.in_channels, side, side)
 
     folder = run / "compare"
-    folder.mkdir(exist_ok=True)
     pictures, seconds = {"base": [], "LoRA": []}, []
     with tqdm(total=2 * len(settings.prompt), unit="picture", desc="compare") as bar:
         for i, (prompt, embedded) in enumerate(zip(settings.prompt, embeddings)):
@@ -81,10 +80,11 @@ def models(settings, run):
 
     Where there is no cache, the resolution is None: the model's own.
     """
-    if settings.base_model and not (run / "cache" / "manifest.json").exists():
+    cache = cache_folder(run)
+    if settings.base_model and not (cache / "manifest.json").exists():
         model, vae, resolution = None, None, None
     else:
-        manifest = read_manifest(run / "cache")
+        manifest = read_manifest(cache)
         model, vae, resolution = Model(**manifest["model"]), Model(**manifest["vae"]), manifest["resolution"]
     if settings.base_model:
         model = vae = Model(settings.base_model, None, "fp16")

@@ -295,7 +295,7 @@ def precompute(run, source, *more):
 
 
 def content(folder):
-    return {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
+    return {p.name: p.read_bytes() for p in (folder / "cache").iterdir() if not p.name.startswith(".")}
 
 
 def change_cache(run, index=lambda index: index, **values):

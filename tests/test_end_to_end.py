@@ -28,7 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 WANTED = {
-    ".lock",
+    *(".lock", "cache/.lock", "cache/.writer", "compare/.lock"),
+    *("run.json", "rows.npz"),
     "cache/manifest.json",
     "cache/index.npy",
     "cache/names.txt",
@@ -102,7 +103,7 @@ def test_refusals_of_every_command(run, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(run.folder, folder)
     output = command("train", "--output_dir", folder, *TRAIN, "--rank", 5, code=2)
-    assert "rank 4 there and 5 here" in one_line_error(output)
+    assert "rank 4 there, 5 here" in one_line_error(output)
     words = ("--output_dir", folder, "--train_data_dir", tmp_path / "nowhere")
     assert "--train_data_dir" in one_line_error(command("data.precompute", *words, *PRECOMPUTE, code=2))
     (folder / "lora.safetensors").write_bytes(b"not weights")
@@ -130,7 +131,7 @@ def test_stopped_by_every_signal_in_turn_ends_with_the_same_bytes(run, fresh):
         when(lambda: lines(folder / "metrics.jsonl") > done, process)
         if signum == signal.SIGTERM:
             process.send_signal(signal.SIGSTOP)
-            refused = command("infer", "--output_dir", folder, "--prompt", "x", code=2)
+            refused = command("train", "--output_dir", folder, *TRAIN, code=2)
             assert f"process {process.pid} is working here" in one_line_error(refused)
             process.send_signal(signal.SIGCONT)
         process.send_signal(signum)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data.common import safe
+from data.common import door, safe
 
 
 def python(code, *argv, **popen):
@@ -68,7 +68,7 @@ def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(t
     process.kill()
     finish(process)
     assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 3
-    with safe.run_folder(tmp_path):
+    with door.hold(tmp_path, "--output_dir"):
         assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == [".file2.other", ".lock", "file"]
 
 
@@ -81,43 +81,6 @@ def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
     with safe.atomic_write(tmp_path / "file") as file:
         file.write(b"x")
     assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
-
-
-# ---- run_folder
-
-
-def test_a_second_process_is_told_the_first_ones_pid_and_the_lock_dies_with_it(tmp_path):
-    code = (
-        "import sys, time; from data.common.safe import run_folder\n"
-        "with run_folder(sys.argv[1]): print('held', flush=True); time.sleep(60)"
-    )
-    first = python(code, tmp_path / "run")
-    wait_for(first, "held")
-    for _ in range(2):  # being refused must not take the owner's name away
-        with pytest.raises(safe.UserError, match=rf"--output_dir .*run: process {first.pid} "):
-            with safe.run_folder(tmp_path / "run"):
-                pass
-    first.kill()
-    finish(first)
-    with safe.run_folder(tmp_path / "run") as run:
-        assert run == tmp_path / "run"
-    with safe.run_folder(tmp_path / "run"):
-        pass
-
-
-@pytest.mark.parametrize("path", ["file", "file/run"])
-def test_an_output_dir_that_is_a_file_is_refused(path, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(safe.UserError, match="--output_dir .*not a folder"):
-        with safe.run_folder(tmp_path / path):
-            pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_an_output_dir_that_cannot_be_written_is_refused():
-    with pytest.raises(safe.UserError, match="--output_dir /proc/run"):
-        with safe.run_folder("/proc/run"):
-            pass
 
 
 # ---- errors and exit codes
@@ -205,7 +168,7 @@ def test_a_signal_while_something_is_printed(signum):
     """The handler's own line, printed while a progress bar prints, was a RuntimeError in the middle of a step."""
     code = """
 import sys
-from data.common import safe
+from data.common import door, safe
 
 def main(argv):
     stop, sys.stderr = safe.Signals(), open(2, "w", buffering=1)

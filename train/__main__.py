@@ -1,17 +1,31 @@
-"""python -m train: flags first, then the seconds it takes to import torch."""
+"""python -m train: what can be refused without torch first, then the seconds that importing it takes."""
 
 import sys
 
-from data.common import safe
+from data.common import door, safe
 from data.common.flags import parse
+
+WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
     settings = parse("train", argv)
-    with safe.run_folder(settings.output_dir, writes=["state", "metrics.jsonl", "lora.safetensors"]) as run:
-        from train.loop import train
+    with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
+        from data.cache import cache_folder
+        from train import identity
 
-        train(settings, run)
+        cache = cache_folder(run, settings.cache_dir)
+        with door.reading(cache):
+            try:
+                if settings.restart:
+                    identity.put_aside(run)
+                identity.check_at_the_door(run, settings)
+                from train.loop import train
+
+                train(settings, run)
+            except identity.AnotherRun as error:
+                print(error.ways_on(argv))
+                raise
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ going on after a stop is running the same command again.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from data import check
-from data.cache import Cache
+from data.cache import Cache, cache_folder
 from data.common.flags import Train
 from data.common.safe import NumbersError, Signals, Stopped, UserError
 from data.models import fused
@@ -28,6 +28,7 @@ from lora.inject import inject
 from train import diffusion, graph, plan
 from train.batches import Batches
 from train.health import Health, describe
+from train.identity import begin, identity_of, remember
 from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
 from train.state import need_room, read_state, restore, save_state
@@ -117,11 +118,11 @@ class Run:
 
 def setup(settings, folder):
     """-> the Run, ready for its next step. Whatever can be refused is refused before the model is loaded."""
-    cache = Cache(folder / "cache")
+    cache = Cache(cache_folder(folder, settings.cache_dir))
     base = Model(**cache.manifest["model"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
     check_flags(settings)
-    identity = dict(asdict(settings), base=base.public_name(), revision=base.revision, cache=cache.manifest["content"])
+    identity = identity_of(settings, cache.manifest, base=base.public_name(), revision=base.revision)
     state = read_state(folder / "state", identity)
     scheduler = base.component("scheduler").config("scheduler_config.json")
     alpha_bar = diffusion.noise_schedule(scheduler)
@@ -133,6 +134,7 @@ def setup(settings, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     start, memory_plan = restore(state, adapters, optimizer, scaler)
     need_room(folder, settings, adapters.vector.numel(), start)
+    (remember if state else begin)(folder, identity, cache.folder)
 
     run = Run(
         settings=settings,

@@ -7,21 +7,16 @@ RUN/state/000100.state    a safetensors blob (LoRA vector, optimizer state; numb
 import hashlib
 import json
 import struct
-from dataclasses import fields
 
 import torch
 from safetensors.torch import load, save
 
-from data.common.flags import Train
 from data.common.safe import UserError, atomic_write, need_space
+from train.identity import check_same
 
 VERSION = 2
 KEPT = 2
 DIGEST = hashlib.sha256().digest_size
-# What may differ between a run and its continuation. The last four change how a step is computed, not what.
-MAY_CHANGE = {"output_dir", "max_train_steps", "checkpointing_steps"}
-MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
-DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
 
 
 def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
@@ -59,13 +54,16 @@ def read_state(folder, identity):
         print(f"{path}: damaged, going back to the state before it")
     else:
         if files:
-            raise UserError(f"{folder}: every state is damaged; move the folder away to start from step 0")
+            raise UserError(f"{folder}: every state is damaged; --restart puts it aside and starts from step 0")
         return None
     (size,) = struct.unpack("<Q", blob[:8])
     facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
     if facts.get("version") != VERSION:
-        raise UserError(f"{path}: written by another version of this program; use another --output_dir")
-    _same_run(path, facts["identity"], identity)
+        raise UserError(f"{path}: written by another version of this program; use another --output_dir or --restart")
+    check_same(folder.parent, facts["identity"], identity)
+    before = facts["identity"]["max_train_steps"]
+    if before != identity["max_train_steps"] and not identity["lr_scheduler"].startswith("constant"):
+        print(f"--max_train_steps was {before}: the learning rate goes on along the new schedule")
     return facts, blob
 
 
@@ -96,19 +94,6 @@ def need_room(folder, settings, length, start):
     if start < settings.max_train_steps:
         needed = max(1, KEPT + 1 - there) * state + exports * 2 * length
         need_space(folder, needed, "what the run will save (states and weights)")
-
-
-def _same_run(path, there, here):
-    """A field that one side lacks has its flag's default, so that a later flag does not orphan the runs before it."""
-    there, here = DEFAULTS | there, DEFAULTS | here
-    differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    pairs = ", ".join(
-        f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ if name not in MAY_CHANGE
-    )
-    if pairs:
-        raise UserError(f"{path}: this run was started with {pairs}; use the same or another --output_dir")
-    if "max_train_steps" in differ and not here["lr_scheduler"].startswith("constant"):
-        print(f"--max_train_steps was {there['max_train_steps']}: the learning rate goes on along the new schedule")
 
 
 def _files(folder):

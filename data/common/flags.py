@@ -56,6 +56,7 @@ class Precompute:
     )
     explain: bool = flag(False, "say what would be encoded and why, and do nothing")
     mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
+    cache_dir: str | None = flag(None, "the cache's folder, for several runs on one cache; default: RUN/cache")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Train:
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
     checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1)
+    cache_dir: str | None = flag(None, "the cache's folder; default: the one the run began with, else RUN/cache")
+    restart: bool = flag(False, "move what the run has to RUN/earlier-N and start at step 0")
 
 
 @dataclass(frozen=True)

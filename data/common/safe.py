@@ -5,7 +5,6 @@ Standard library only, so that every layer may import it and a mistyped flag is 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -166,49 +165,6 @@ def sync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-PARTS = ("cache", "state", "compare", "metrics.jsonl", "lora.safetensors")  # of a run's folder
-
-
-@contextlib.contextmanager
-def run_folder(path, writes=PARTS):
-    """Create the run's folder and lock it, so that one command at a time works on it. The lock dies with its owner.
-
-    writes: the parts that this command writes; the others may lie on a disk that cannot be written. Raises UserError
-    when `path` or a part is of the wrong kind or cannot be written, or when another command works on it.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+")
-    except OSError as error:
-        kind = MachineError if error.errno in DISK_ERRORS else UserError
-        raise kind(f"--output_dir {path}: not a folder that can be written ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(f"--output_dir {path}: process {owner} is working here; wait for it or stop it") from None
-        file.truncate(0)
-        with naming(path / ".lock"):
-            os.write(file.fileno(), str(os.getpid()).encode())
-        _check_parts(path, writes)
-        yield path
-
-
-def _check_parts(run, writes):
-    """Raise UserError when a part of the run's folder is not what it must be. Remove what killed writers left."""
-    for part in (run / name for name in PARTS):
-        right = part.is_file() if part.suffix else part.is_dir()
-        if part.exists() and not (right and (part.name not in writes or os.access(part, os.W_OK))):
-            kind = "file" if part.suffix else "folder"
-            raise UserError(f"{part}: not a {kind} that can be written; move it away, or use another --output_dir")
-    for folder in (run, *(run / name for name in writes)):
-        for leftover in folder.glob(f".*.????????{UNFINISHED}"):
-            leftover.unlink()
 
 
 def printable(string):

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from data.cache import read_manifest
+from data.cache import cache_folder, read_manifest
 from data.common import safe
 from data.encoders import VAE, TextEncoders
 from data.models.files import Model, load
@@ -105,7 +105,7 @@ def score(run):
         scenes = [parse(prompt) for prompt in prompts]
     except ValueError as error:
         raise safe.UserError(f"{folder / 'report.json'}: {error}; only its prompts can be scored") from None
-    manifest = read_manifest(run / "cache")
+    manifest = read_manifest(cache_folder(run))
     model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
 
     vae = load(AutoencoderKL, vae_model.component("vae"), torch.float32, "cpu")

@@ -1,0 +1,35 @@
+"""What differs from platform to platform, in one place. Linux is what is tested."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+
+
+def lock(file, shared=False):
+    """Lock an open file until it is closed or its process ends. -> False where somebody else's lock forbids it.
+
+    shared: others may hold shared locks on it at the same time. Raises OSError with an errno of NO_LOCKS where the file
+    system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def holders(path):
+    """The pids of other processes that hold a lock on the file, as far as the system tells (Linux: /proc/locks)."""
+    table, found = Path("/proc/locks"), set()
+    if not table.exists():
+        return []
+    facts = os.stat(path)
+    place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    for line in table.read_text().splitlines():  # 1: FLOCK ADVISORY READ 4711 08:01:131 0 EOF
+        words = line.split()
+        if "->" not in words and place in words:
+            found.add(int(words[words.index(place) - 1]))
+    return sorted(found - {os.getpid()})

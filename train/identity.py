@@ -1,0 +1,126 @@
+"""Which run a folder holds, and whether a command asks for the same one.
+
+    RUN/run.json     the cache that the run reads, and all that a continuation must agree with
+    RUN/rows.npz     the cache's index and names as they were when the run began, so that it can say what changed since
+
+Nothing here imports torch, so that another run is refused within a second.
+"""
+
+import json
+import os
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from data.cache import cache_folder, changed_rows, read_began, read_index, read_manifest
+from data.common.flags import Train
+from data.common.safe import UserError, atomic_write, sync_folder
+
+# What may differ between a run and its continuation. The second line is about how a step is computed, not what.
+MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "checkpointing_steps"}
+MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
+DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
+# What a run writes, next to its exports lora*.safetensors.
+PARTS = ("state", "metrics.jsonl", "run.json", "rows.npz", "samples", "tensorboard", "compare")
+
+
+class AnotherRun(UserError):
+    """The folder holds a run that was started with something else."""
+
+    def __init__(self, run, differences):
+        super().__init__(f"{run}: holds another run: {'; '.join(differences)}")
+        self.run = Path(run)
+
+    def ways_on(self, argv):
+        """The two commands that go on from here, a line each."""
+        rest = list(argv)
+        at = next(i for i, word in enumerate(rest) if word.split("=")[0] == "--output_dir")
+        del rest[at : at + (1 if "=" in rest[at] else 2)]
+        number = next(n for n in range(2, 10**6) if not os.path.lexists(f"{self.run}-{n}"))
+        shared = [] if any(word.startswith("--cache_dir") for word in rest) else ["--cache_dir", f"{self.run}/cache"]
+        new = shlex.join(["--output_dir", f"{self.run}-{number}", *rest, *shared])
+        again = shlex.join(["--output_dir", str(self.run), *rest, "--restart"])
+        return (
+            f"in a folder of its own: python -m train {new}\n"
+            f"from step 0 here, moving what is here to {earlier(self.run)}: python -m train {again}"
+        )
+
+
+def identity_of(settings, manifest, **of_the_model):
+    """All that a continuation must agree with, {name: plain value}."""
+    return dict(asdict(settings), cache=manifest["content"], **of_the_model)
+
+
+def check_same(run, there, here):
+    """Raise AnotherRun when two identities differ in more than may change. there: what the run began with.
+
+    A name that one side lacks has its flag's default, so that a later flag does not orphan the runs before it.
+    """
+    there, here = DEFAULTS | there, DEFAULTS | here
+    differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    words = [f"{name} {there.get(name)} there, {here.get(name)} here" for name in differ if name not in MAY_CHANGE]
+    if "cache" in differ:
+        words = _what_changed(run, here["cache_dir"]) + [word for word in words if not word.startswith("cache ")]
+    if words:
+        raise AnotherRun(run, words)
+
+
+def check_at_the_door(run, settings):
+    """The same before torch is imported and the model known. Raises UserError as well where there is no cache."""
+    here = identity_of(settings, read_manifest(cache_folder(run, settings.cache_dir)))
+    began = read_began(run)
+    if began and any((run / "state").glob("*.state")):
+        check_same(run, {name: value for name, value in began["identity"].items() if name in here}, here)
+
+
+def _what_changed(run, cache_dir):
+    """What changed in the cache since the run began, in words."""
+    now, path = read_index(cache_folder(run, cache_dir)), Path(run) / "rows.npz"
+    if not now or not path.exists():
+        return ["other rows in the cache"]
+    with np.load(path) as began:
+        then = began["index"], began["names"].tolist()
+    changed = changed_rows(then, now)
+    return [f"{', '.join(changed)} since it began"] if changed else ["the cache was encoded by another model or VAE"]
+
+
+def begin(run, identity, cache):
+    """Write down what a run begins with. cache: the folder of its cache.
+
+    Weights of an earlier run whose state is gone are moved away first, because nobody could tell them from new ones.
+    """
+    before = read_began(run)
+    if any(run.glob("lora*.safetensors")) and not (before and before["identity"] == identity):
+        put_aside(run)
+    index, names = read_index(cache)
+    with atomic_write(run / "rows.npz") as file:
+        np.savez_compressed(file, index=index, names=np.array(names))
+    remember(run, identity, cache)
+
+
+def remember(run, identity, cache):
+    """Write RUN/run.json; a cache that lies in the run's folder moves with it, so its place is not written down."""
+    inside = Path(cache).resolve() == (run / "cache").resolve()
+    began = dict(cache_dir=None if inside else str(Path(cache).resolve()), identity=identity)
+    if read_began(run) != json.loads(json.dumps(began)):
+        with atomic_write(run / "run.json", "w") as file:
+            json.dump(began, file, indent=1)
+
+
+def earlier(run):
+    """The folder that put_aside moves to: RUN/earlier-N for the first N that is free."""
+    return next(path for path in (Path(run) / f"earlier-{n}" for n in range(1, 10**6)) if not os.path.lexists(path))
+
+
+def put_aside(run):
+    """Move all that a run wrote to RUN/earlier-N. The state goes first, because without it nothing would go on."""
+    there = [run / part for part in PARTS if os.path.lexists(run / part)] + sorted(run.glob("lora*.safetensors"))
+    if there:
+        folder = earlier(run)
+        folder.mkdir()
+        for path in there:
+            os.rename(path, folder / path.name)
+        sync_folder(run)
+        print(f"{run}: what was here is in {folder}", flush=True)
