@@ -65,7 +65,7 @@ def encode_captions(draft, todo, device, stop):
         draft.captions.write(1, unconditional(draft))
     draft.captions.write(len(todo.captions), captions_in_batches(draft, todo.captions, stop))
     stop_if_asked(stop)
-    texts.unload()  # because both encoders would not fit into a small GPU's memory next to the VAE
+    texts.unload()  # so that they and the VAE are never in memory together
 
 
 def encode_pictures(draft, todo, device, stop, pool, failed):
