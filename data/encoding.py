@@ -18,8 +18,8 @@ from data.images import read_rgb
 from data.survey import EXAMPLES_AHEAD, image_digest
 
 CAPTIONS_AT_ONCE = 64
-PICTURES_AT_ONCE = 16  # at most, and as few as keep one channel of a batch's pixels in the VAE's dtype ...
-BYTES_AT_ONCE = 2**23  # ... within these bytes: four pictures of 1024 × 1024 in half precision
+PICTURES_AT_ONCE = 16  # at most; of large ones as many as BYTES_AT_ONCE allow
+BYTES_AT_ONCE = 2**23  # for one channel of their pixels in the VAE's dtype: 4 pictures of 1024 × 1024 in half precision
 BATCHES_AHEAD = 2  # batches of pictures that the workers stack before the VAE asks for them
 
 

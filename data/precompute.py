@@ -50,7 +50,8 @@ def precompute(settings, folder, pool):
     draft = look(settings, folder, examples, texts, vae, pool, skipped)
     todo = what_is_missing(draft)
 
-    (which, why), room = in_words(draft, todo), room_for(draft, todo)
+    which, why = in_words(draft, todo)
+    room = room_for(draft, todo)
     print(f"{which} to encode: {why}; {room / 2**20:,.0f} MiB in {folder}", flush=True)
     safe.need_space(folder, room, "the cache")
     if settings.explain:
@@ -137,7 +138,7 @@ def only_adds(draft, todo):
 
 
 def in_words(draft, todo):
-    """-> (which rows are to be encoded, why)"""
+    """What a message says of it. -> (which rows are to be encoded, why)"""
     before = read_index(draft.folder)
     also = ["the unconditional embedding"] if before and todo.unconditional else []
     pictures = [np.concatenate(both) for both in zip(*todo.pictures)]
