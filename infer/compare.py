@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from data import check
 from data.cache import cache_folder, read_manifest
-from data.common.safe import atomic_write, sha256_file
+from data.common.safe import atomic_write
 from data.encoders import TextEncoders
 from data.models.files import Model, load
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
-from lora.files import load as load_lora
+from lora import files
 
 
 def compare(settings, run):
@@ -24,7 +24,7 @@ def compare(settings, run):
     `settings` is flags.Infer, `run` the run's folder.
     """
     model, vae_model, resolution = models(settings, run)
-    lora_path = settings.lora_path or run / "lora.safetensors"
+    weights = files.read(settings.lora_path or run / "lora.safetensors")
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
@@ -33,15 +33,17 @@ def compare(settings, run):
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.component("unet"), dtype, device)
-    adapters, metadata = load_lora(unet, lora_path)
-    made_for, used = metadata.get("ss_sd_model_name"), model.public_name()
+    adapters = files.load(unet, weights)
+    made_for, used = weights.metadata.get("ss_sd_model_name"), model.public_name()
     if made_for != used:
-        print(f"warning: {lora_path} was trained on {made_for}, the base here is {used}")
+        print(f"warning: {weights.path} was trained on {made_for}, the base here is {used}")
     pipeline = make_pipeline(model, unet, vae_model)
     side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
     shape = (unet.config.in_channels, side, side)
 
     folder = run / "compare"
+    for name in ("report.json", "grid.png"):  # they tell of pictures that are drawn anew now
+        (folder / name).unlink(missing_ok=True)
     pictures, seconds = {"base": [], "LoRA": []}, []
     with tqdm(total=2 * len(settings.prompt), unit="picture", desc="compare") as bar:
         for i, (prompt, embedded) in enumerate(zip(settings.prompt, embeddings)):
@@ -62,7 +64,7 @@ def compare(settings, run):
         prompts=settings.prompt,
         negative_prompt=settings.negative_prompt,
         base=used,
-        lora=dict(sha256=sha256_file(lora_path), rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
+        lora=dict(sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
         seed=settings.seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,

@@ -5,14 +5,16 @@ The keys are kohya's with SGM block names: `lora_unet_` + path, then `.lora_down
 the others.
 """
 
+import hashlib
 import json
 import math
 import re
 import struct
+from dataclasses import dataclass
+from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from data.common.safe import NumbersError, UserError, atomic_write
 from lora.inject import inject, targets
@@ -65,7 +67,7 @@ def export(adapters, path, base, resolution):
         "ss_sd_model_name": base,
     }
     with atomic_write(path) as file:
-        file.write(_with_metadata(save(tensors), metadata))
+        file.write(_with_metadata(safetensors.torch.save(tensors), metadata))
 
 
 def _with_metadata(blob, metadata):
@@ -77,28 +79,43 @@ def _with_metadata(blob, metadata):
     return struct.pack("<Q", len(text)) + text + blob[8 + size :]
 
 
-def load(unet, path):
-    """Inject the adapters stored in `path` into `unet`. Returns (Adapters, metadata).
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds, read once, so that the digest is of what is loaded."""
 
-    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: not a safetensors
-    file (nothing in a pickle is ever run), keys of another architecture or tool, a missing partner, a wrong shape,
-    several ranks or alphas, numbers that are not finite.
-    """
+    path: Path
+    tensors: dict
+    metadata: dict
+    sha256: str
+
+
+def read(path):
+    """-> Weights. Raises UserError when it is not a safetensors file; nothing in a pickle is ever run."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        blob = Path(path).read_bytes()
+        tensors = safetensors.torch.load(blob)
+        (size,) = struct.unpack("<Q", blob[:8])
+        metadata = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
-    found = targets(unet)
-    rank, alpha = _check(path, stored, found)
+    return Weights(Path(path), tensors, metadata, hashlib.sha256(blob).hexdigest())
+
+
+def load(unet, weights):
+    """Inject the adapters of `weights` into `unet`. -> Adapters
+
+    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: keys of another
+    architecture or tool, a missing partner, a wrong shape, several ranks or alphas, numbers that are not finite.
+    """
+    rank, alpha = _check(weights.path, weights.tensors, targets(unet))
     adapters = inject(unet, rank, alpha)
     for name, (A, B) in adapters.projections().items():
-        A.copy_(stored[f"{key(name)}.lora_down.weight"])
-        B.copy_(stored[f"{key(name)}.lora_up.weight"])
+        A.copy_(weights.tensors[f"{key(name)}.lora_down.weight"])
+        B.copy_(weights.tensors[f"{key(name)}.lora_up.weight"])
     adapters.refresh()
-    return adapters, metadata
+    return adapters
 
 
 def _check(path, stored, found):

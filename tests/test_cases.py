@@ -128,7 +128,6 @@ def test_an_index_never_leads_to_the_rows_of_other_captions(cached, source, tmp_
     assert np.array_equal(texts(run), texts(cached))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the lock is the run's, and a cache can be several runs'")
 def test_two_runs_that_share_a_cache_do_not_write_it_at_once(source, tmp_path, monkeypatch):
     """Many runs link to one cache. Both append to its files, and the index of one leads to the rows of the other."""
 

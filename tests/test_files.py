@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from data.common.safe import UserError
-from lora.files import export, key, load
+from lora.files import export, key, load, read
 from lora.inject import inject, targets
 
 # SDXL's transformers in SGM's numbering: block -> (path in diffusers, how many transformer blocks deep).
@@ -160,7 +160,7 @@ def test_the_same_weights_give_the_same_bytes(file, tmp_path):
 def test_loading_gives_the_exported_weights_rank_and_alpha(dtype, file, _toy_unet):
     """In the vector that is trained and in the layers that compute, which would draw the base without a refresh."""
     path, adapters = file
-    again, facts = load(copy.deepcopy(_toy_unet).to(dtype), path)
+    again, facts = load(copy.deepcopy(_toy_unet).to(dtype), read(path)), read(path).metadata
     assert (again.rank, again.alpha) == (4, 6) and facts["ss_output_name"] == "mine"
     computing, training = own_rows(again), again.projections()
     assert computing.keys() == training.keys() == own_rows(adapters).keys()
@@ -181,7 +181,7 @@ def test_diffusers_loads_the_file_to_the_same_output(alpha, unet, _toy_unet, tmp
     pipeline = StableDiffusionXLPipeline(unet=copy.deepcopy(_toy_unet), scheduler=EulerDiscreteScheduler(), **parts)
     pipeline.load_lora_weights(path)
     ours = copy.deepcopy(_toy_unet)
-    load(ours, path)
+    load(ours, read(path))
     with torch.no_grad():
         base, theirs, mine = (predict(u, inputs) for u in (_toy_unet, pipeline.unet, ours))
     assert (mine - base).abs().max() > 1e-2  # the update shows
@@ -280,14 +280,14 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_the_unet_stays(case, fi
 
     before = linears()
     with pytest.raises(UserError, match=message) as refusal:
-        load(_toy_unet, path)
+        load(_toy_unet, read(path))
     assert str(path) in str(refusal.value)
     assert linears() == before
 
 
 def test_a_missing_file_is_named(_toy_unet, tmp_path):
     with pytest.raises(UserError, match="nothing.safetensors: no such file"):
-        load(_toy_unet, tmp_path / "nothing.safetensors")
+        read(tmp_path / "nothing.safetensors")
 
 
 def test_no_code_in_a_pickle_runs(_toy_unet, tmp_path):
@@ -304,30 +304,30 @@ def test_no_code_in_a_pickle_runs(_toy_unet, tmp_path):
         else:
             path.write_bytes(blob)
         with pytest.raises(UserError, match="not a readable .safetensors"):
-            load(_toy_unet, path)
+            load(_toy_unet, read(path))
         assert not (tmp_path / "ran").exists()
 
 
 def test_weights_of_another_architecture_are_refused(file):
     """The toy's weights into full SDXL: the keys that fit have other shapes, and many are missing."""
     with pytest.raises(UserError, match="missing"):
-        load(sdxl_unet(), file[0])
+        load(sdxl_unet(), read(file[0]))
 
 
 def test_metadata_of_another_tool_does_not_matter(file, _toy_unet, tmp_path):
     """Files without metadata exist; rank and alpha come from the tensors."""
     path = tmp_path / "bare.safetensors"
     path.write_bytes(save(load_file(file[0])))
-    adapters, facts = load(copy.deepcopy(_toy_unet), path)
+    adapters, facts = load(copy.deepcopy(_toy_unet), read(path)), read(path).metadata
     assert (adapters.rank, adapters.alpha, facts) == (4, 6, {})
 
 
 def test_fp32_files_load(file, _toy_unet, tmp_path):
     path = tmp_path / "fp32.safetensors"
     save_file({n: t.float() for n, t in load_file(file[0]).items()}, path)
-    assert load(copy.deepcopy(_toy_unet), path)[0].rank == 4
+    assert load(copy.deepcopy(_toy_unet), read(path)).rank == 4
 
 
 def test_inject_then_load_is_refused(file, unet):
     with pytest.raises(UserError, match="adapter already"):
-        load(unet, file[0])  # the fixture injected it
+        load(unet, read(file[0]))  # the fixture injected it

@@ -67,6 +67,7 @@ def train(settings, folder):
                 done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
             )
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
+                metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
             if stop.received and done < settings.max_train_steps:
                 raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import time
 
@@ -39,6 +40,11 @@ class Metrics:
         shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "s_per_step", "images_per_s", "peak_gib")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+
+    def sync(self):
+        """Let the lines so far survive a power cut."""
+        with naming(self.path):
+            os.fsync(self.file.fileno())
 
     def __enter__(self):
         return self

@@ -45,13 +45,14 @@ def read_state(folder, identity):
     A damaged file is said and passed over for the one before. Raises UserError when every one is damaged (a run never
     starts from 0 silently), or when the settings differ from those of the run.
     """
-    files = _files(folder)
+    files, damaged = _files(folder), []
     for path in files:
         blob = path.read_bytes()
         blob, digest = blob[:-DIGEST], blob[-DIGEST:]
         if hashlib.sha256(blob).digest() == digest:
             break
         print(f"{path}: damaged, going back to the state before it")
+        damaged.append(path)
     else:
         if files:
             raise UserError(f"{folder}: every state is damaged; --restart puts it aside and starts from step 0")
@@ -61,6 +62,8 @@ def read_state(folder, identity):
     if facts.get("version") != VERSION:
         raise UserError(f"{path}: written by another version of this program; use another --output_dir or --restart")
     check_same(folder.parent, facts["identity"], identity)
+    for other in damaged:  # it does not count as one of those that are kept
+        other.rename(other.with_suffix(".damaged"))
     before = facts["identity"]["max_train_steps"]
     if before != identity["max_train_steps"] and not identity["lr_scheduler"].startswith("constant"):
         print(f"--max_train_steps was {before}: the learning rate goes on along the new schedule")

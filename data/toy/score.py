@@ -24,7 +24,7 @@ from data.models.files import Model, load
 from data.toy.draw import training_scenes
 from data.toy.measure import SubjectClassifier, colour_of, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
-from lora.files import load as load_lora
+from lora import files
 from train import diffusion
 
 HELD_OUT = 64  # pictures for the held-out loss
@@ -76,7 +76,7 @@ def held_out_loss(run, model, vae_model, scaling_factor):
     posterior = next(VAE(vae_model, "no").load(torch.device("cpu")).encode([(None, pixels)]))[1].float()
     text, pooled = TextEncoders(model, "no").load(torch.device("cpu"))([caption(scene) for scene, _ in scenes])
     unet = load(UNet2DConditionModel, model.component("unet"), torch.float32, "cpu")
-    adapters, _ = load_lora(unet, run / "lora.safetensors")
+    adapters = files.load(unet, files.read(run / "lora.safetensors"))
 
     scheduler = model.component("scheduler").config("scheduler_config.json")
     alpha_bar, prediction_type = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
