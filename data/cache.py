@@ -268,7 +268,7 @@ def read_began(run):
             return began
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise UserError(f"{path}: damaged; delete it, and name the run's --cache_dir if it has one")
 

@@ -1,14 +1,14 @@
 """Whether the numbers of a step are fit to be used, and where they went wrong when they are not."""
 
 import math
+from functools import partial
 
 import torch
 
 from data.common.safe import NumbersError
 
-MOST_OVERFLOWS = (
-    20  # in a row: each halves the loss scale, and at 166 it is 0 and the next step writes NaN into the weights
-)
+SHOWN = 8  # names and timesteps in a message
+MOST_OVERFLOWS = 20  # in a row; each halves the loss scale, and after 166 it is 0 and NaN goes into the weights
 
 
 class Health:
@@ -37,19 +37,27 @@ class Health:
 
 
 @torch.no_grad()
-def describe(unet, forward, batches, step):
+def describe(unet, adapters, forward, batches, step):
     """What a step trained on and where its numbers went wrong, in words: every forward of it is run again.
 
     forward(batch) -> loss; batches: the run's Batches.
     """
-    names, timesteps, culprit = [], [], None
+    names, drawn, timesteps = [], [], []
     for slot in range(batches.settings.gradient_accumulation_steps):
-        batch = batches.draw(step, slot)
+        drawn.append(batches.draw(step, slot))
         names += batches.cache.names(batches.rows(step, slot))
-        timesteps += batch["t"].tolist()
-        culprit = culprit or first_not_finite(unet, lambda batch=batch: forward(batch))
-    where = f"the first output that is not finite is {culprit}'s" if culprit else "every module's output is finite"
-    return f"step {step + 1}, {', '.join(names)}, timesteps {timesteps}; {where}"
+        timesteps += drawn[-1]["t"].tolist()
+
+    def culprit():
+        return next(filter(None, (first_not_finite(unet, partial(forward, batch)) for batch in drawn)), None)
+
+    wrong = culprit()
+    adapters.set_scale(0)
+    if wrong and not culprit():  # the pictures are not to blame
+        return f"step {step + 1}: the LoRA's weights are too large, lower --learning_rate"
+    where = f"the first output that is not finite is {wrong}'s" if wrong else "every module's output is finite"
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"step {step + 1}, {shown}, timesteps {timesteps[:SHOWN]}; {where}"
 
 
 def first_not_finite(model, run):

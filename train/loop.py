@@ -25,7 +25,7 @@ from lora.adapters import Adapters
 from lora.attention import fuse_projections
 from lora.files import export
 from lora.inject import inject
-from train import diffusion, graph, plan
+from train import announce, diffusion, graph, plan
 from train.batches import Batches
 from train.health import Health, describe
 from train.identity import begin, identity_of, remember
@@ -42,6 +42,7 @@ def train(settings, folder):
     if run.start >= settings.max_train_steps:
         print(f"{folder}: finished, {run.start} steps are done; a larger --max_train_steps goes on")
 
+    announce.before(run)
     health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
     with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device) as metrics:
         for step in range(run.start, settings.max_train_steps):
@@ -57,7 +58,7 @@ def train(settings, folder):
             try:
                 health.check(loss, norm)
             except NumbersError as error:
-                raise NumbersError(f"{error} ({diagnose(run, step)})") from None
+                raise give_up(run, step, error) from None
             run.scaler.step(run.optimizer)  # does nothing when the gradient overflowed
             run.scaler.update()
             run.adapters.refresh()  # the layers compute with the stepped weights from here on
@@ -72,6 +73,7 @@ def train(settings, folder):
             if stop.received and done < settings.max_train_steps:
                 raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")
     export_weights(run, "lora")
+    announce.after(run, metrics.seconds())
 
 
 def micro_step(run, **batch):
@@ -193,11 +195,15 @@ def export_weights(run, name):
     export(run.adapters, run.folder / f"{name}.safetensors", run.identity["base"], run.cache.manifest["resolution"])
 
 
-def diagnose(run, step):
-    """Where a step's numbers went wrong, in words. The run ends here."""
+def give_up(run, step, error):
+    """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved."""
+    if step:
+        save(run, step)
     run.micro_step = None  # a captured graph holds the memory that the forwards need now
     torch.cuda.empty_cache()
-    return describe(run.unet, graph.Eager(partial(forward, run), run.device), run.batches, step)
+    where = describe(run.unet, run.adapters, graph.Eager(partial(forward, run), run.device), run.batches, step)
+    kept = f"; {run.folder / 'state'} has step {step}" if step else ""
+    return NumbersError(f"{error} ({where}){kept}")
 
 
 def load_unet(base, cache, dtype, device, compiled):

@@ -23,7 +23,8 @@ class Metrics:
                 file.writelines(line for line in lines if _step(line) <= step)
         self.file = open(path, "a")
         self.bar = tqdm(total=steps, initial=step, unit="step", desc="train")
-        self.time = time.perf_counter()
+        self.began = self.time = time.perf_counter()
+        self.logged, self.steps = 0, steps
 
     def log(self, step, images, **numbers):
         """step: how many are done. images: how many this one trained on. numbers: what else to write down."""
@@ -40,6 +41,14 @@ class Metrics:
         shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "s_per_step", "images_per_s", "peak_gib")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        self.logged += 1
+        if self.logged == 10 and step < self.steps:
+            minutes = (now - self.began) / 10 * (self.steps - step) / 60
+            self.bar.write(f"{self.steps - step:,} more steps will take about {minutes:,.1f} minutes")
+
+    def seconds(self):
+        """Since the first step began."""
+        return time.perf_counter() - self.began
 
     def sync(self):
         """Let the lines so far survive a power cut."""

@@ -86,16 +86,19 @@ def restore(state, adapters, optimizer, scaler):
     return facts["step"], facts["plan"]
 
 
-def need_room(folder, settings, length, start):
-    """Raise MachineError when the disk cannot hold what a run saves from step `start` on, states and weights.
+def bytes_to_save(settings, length, start):
+    """What a run saves from `start` on, with a vector of `length`. -> bytes of a state, bytes of an export, exports"""
+    every, last = settings.checkpointing_steps, settings.max_train_steps
+    exports = 1 + last // every - start // every + (last % every > 0)  # the final one, those in between, one at the end
+    return length * (4 + (2 if settings.use_8bit_adam else 8)), 2 * length, exports
 
-    length: of the adapters' vector.
-    """
-    state = length * (4 + (2 if settings.use_8bit_adam else 8))
+
+def need_room(folder, settings, length, start):
+    """Raise MachineError when the disk cannot hold what a run saves from step `start` on, states and weights."""
+    state, export, exports = bytes_to_save(settings, length, start)
     there = len(_files(folder / "state"))  # KEPT stay, and one more is there while it is written
-    exports = 2 + (settings.max_train_steps - start) // settings.checkpointing_steps
     if start < settings.max_train_steps:
-        needed = max(1, KEPT + 1 - there) * state + exports * 2 * length
+        needed = max(1, KEPT + 1 - there) * state + exports * export
         need_space(folder, needed, "what the run will save (states and weights)")
 
 
