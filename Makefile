@@ -1,34 +1,53 @@
 # barelora: `make precompute train compare`. `make help` explains every target.
 
 PRESET ?= toy
-RUN    ?= runs/$(PRESET)
+NAME   := $(basename $(notdir $(PRESET)))
+RUN    ?= runs/$(NAME)
 PYTHON ?= .venv/bin/python
 ARGS   ?=
+export RUN CACHE PICTURES  # recipes read "$$RUN", because the shell does not split what it reads from a variable in quotes
 
 # ---- Presets: the flags of each command, what it needs before, what comes after.
 
 # A small SDXL that lies in this repository, and pictures that are drawn here: CPU, offline, two minutes.
-toy.before     = $(PYTHON) -m data.toy.draw $(RUN)/pictures
-toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir $(RUN)/pictures --resolution 128 --mixed_precision no
+toy.before     = $(PYTHON) -m data.toy.draw "$$RUN/pictures"
+toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no
 toy.train      = --rank 16 --train_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 250 --learning_rate 4e-3 \
                  --lr_scheduler cosine --lr_warmup_steps 20 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
 toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \
                  "a purple fish at night" "a white ninja in the desert" "a pink house in the snow" "a yellow tree in the meadow" \
                  "a blue bowl of ramen in the forest" "a red flower in the desert" "a white boat on the sea" "a purple owl in the forest" \
                  "a blue fox in the snow" "an orange ninja at night" "a green house in the desert" "a pink cat at night"
-toy.after      = $(PYTHON) -m data.toy.score $(RUN)
+toy.after      = $(PYTHON) -m data.toy.score "$$RUN"
 
 # SDXL on the Naruto captions, within the memory of a 16 GB T4.
-naruto.precompute = --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
-                    --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
-                    --dataset_name lambdalabs/naruto-blip-captions --resolution 1024 --mixed_precision fp16
+SDXL = --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+       --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --resolution 1024 --mixed_precision fp16
+naruto.precompute = $(SDXL) --dataset_name lambdalabs/naruto-blip-captions
 naruto.train      = --rank 32 --lora_alpha 32 --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 \
                     --learning_rate 1e-4 --lr_scheduler constant --use_8bit_adam --mixed_precision fp16 --seed 42
 naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto style" "A boy with blue eyes in Naruto style"
 
+# SDXL on pictures of your own: PICTURES=folder, PROMPTS='"first prompt" "second prompt"'.
+PICTURES ?= my_pictures
+PROMPTS   ?= "a cat" "a house at night"
+mine.precompute = $(SDXL) --train_data_dir "$$PICTURES"
+mine.train      = $(naruto.train)
+mine.compare    = --prompt $(PROMPTS)
+
+# Presets of your own: PRESET=file.mk, a file that sets file.precompute, file.train and file.compare as above; or any
+# other name, with these variables on the command line.
+ifeq ($(suffix $(PRESET)),.mk)
+include $(PRESET)
+endif
+
 # ---- Targets
 
-$(if $(filter $(PRESET),toy naruto),,$(error PRESET=$(PRESET) is none of toy, naruto))
+$(if $(filter 1,$(words $(PRESET))),,$(error PRESET=$(PRESET): a preset's name or file has no spaces))
+$(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, naruto, mine, and $(NAME).precompute is not set: \
+  name a file of your own that ends in .mk, or set $(NAME).precompute, $(NAME).train and $(NAME).compare))
+
+CACHE_DIR = $(if $(CACHE),--cache_dir "$$CACHE")
 
 .PHONY: help setup precompute train compare check lint test test-all bench clean
 .NOTPARALLEL:
@@ -37,34 +56,34 @@ $(if $(filter $(PRESET),toy naruto),,$(error PRESET=$(PRESET) is none of toy, na
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "PRESET=toy (default) or naruto; RUN=folder (default runs/PRESET); ARGS=\"more flags\" for one target;"
-	@echo "PYTHON=python3 uses packages that are installed already in place of a new .venv."
+	@echo "PRESET=toy (default), naruto, mine, or a file of your own, my.mk; RUN=folder (default runs/PRESET);"
+	@echo "CACHE=folder (default RUN/cache), for several runs on one cache; ARGS=\"more flags\" for one target;"
+	@echo "PYTHON=python3 uses packages that are installed already instead of a new .venv."
 
 setup:  ## .venv with the pinned packages; the other targets do it when it is not there
-precompute:  ## pictures and captions -> RUN/cache; again: only what is new
+precompute:  ## pictures and captions -> the cache; again: only what is new
 precompute: setup
-	$($(PRESET).before)
-	$(PYTHON) -m data.precompute --output_dir $(RUN) $($(PRESET).precompute) $(ARGS)
+	$($(NAME).before)
+	$(PYTHON) -m data.precompute --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).precompute) $(ARGS)
 
-train:  ## RUN/cache -> RUN/lora.safetensors; again: goes on where it stopped
+train:  ## the cache -> RUN/lora.safetensors; again: goes on where it stopped
 train: setup
-	$(PYTHON) -m train --output_dir $(RUN) $($(PRESET).train) $(ARGS)
+	$(PYTHON) -m train --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).train) $(ARGS)
 
 compare:  ## base against LoRA on the preset's prompts -> RUN/compare/grid.png
 compare: setup
-	$(PYTHON) -m infer --output_dir $(RUN) $($(PRESET).compare) $(ARGS)
-	$($(PRESET).after)
+	$(PYTHON) -m infer --output_dir "$$RUN" $($(NAME).compare) $(ARGS)
+	$($(NAME).after)
 
 check:  ## is the machine fit, and what is to do? Then the whole line on two pictures; nothing of it stays
 check: setup
-	$(PYTHON) -m data.check $(RUN)
-	rm -rf $(RUN)/check
-	$($(PRESET).before)
-	$(PYTHON) -m data.precompute --output_dir $(RUN) $($(PRESET).precompute) --explain
-	$(PYTHON) -m data.precompute --output_dir $(RUN)/check $($(PRESET).precompute) --max_train_samples 2
-	$(PYTHON) -m train --output_dir $(RUN)/check $($(PRESET).train) --max_train_steps 1
-	$(PYTHON) -m infer --output_dir $(RUN)/check --prompt "a red house in the forest" --num_inference_steps 2
-	rm -rf $(RUN)/check
+	$(PYTHON) -m data.check "$$RUN"
+	$($(NAME).before)
+	$(PYTHON) -m data.precompute --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).precompute) --explain
+	mkdir -p "$$RUN" && try=$$(mktemp -d "$$RUN/check.XXXXXX") && trap 'rm -rf "$$try"' EXIT && \
+	$(PYTHON) -m data.precompute --output_dir "$$try" $($(NAME).precompute) --max_train_samples 2 && \
+	$(PYTHON) -m train --output_dir "$$try" $($(NAME).train) --max_train_steps 1 && \
+	$(PYTHON) -m infer --output_dir "$$try" --prompt "a red house in the forest" --num_inference_steps 2
 	@echo "check: this machine can run PRESET=$(PRESET)"
 
 test:  ## the tests, under two minutes on a CPU

@@ -196,3 +196,50 @@ def test_on_a_gpu(fresh, tmp_path):
     command("infer", "--output_dir", folders[0], "--prompt", *PROMPTS, "--num_inference_steps", 2)
     report = json.loads((folders[0] / "compare" / "report.json").read_text())
     assert report["peak_gib"] > 0 and all(change > 0 for change in report["mean_pixel_change"])
+
+
+def made(*words):
+    return subprocess.run(["make", "-n", "PYTHON=python", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_preset_may_be_a_name_with_its_variables_or_a_file_and_others_are_named(tmp_path):
+    one = made("train", "PRESET=cats", "cats.precompute=--x", "cats.train=--rank 7").stdout
+    assert '-m train --output_dir "$RUN"' in one and "--rank 7" in one
+    mine = tmp_path / "dogs.mk"
+    mine.write_text("dogs.precompute = $(SDXL)\ndogs.train = --rank 9\ndogs.compare = --prompt x\n")
+    assert "--rank 9" in made("train", f"PRESET={mine}").stdout
+    assert "stable-diffusion-xl-base-1.0" in made("precompute", f"PRESET={mine}").stdout
+    unknown = made("train", "PRESET=others")
+    assert unknown.returncode and "PRESET=others is none of toy, naruto, mine" in unknown.stderr
+    shipped = made("precompute", "train", "compare", "PRESET=mine").stdout
+    assert "sdxl-vae-fp16-fix" in shipped and "--learning_rate 1e-4" in shipped and "score" not in shipped
+
+
+@pytest.mark.parametrize("name", ["a b", "a;touch hurt", "$(touch hurt)", "it's", '"quoted"', "a&b"])
+def test_a_runs_folder_of_any_name_is_one_word_for_make(name, tmp_path):
+    """make check once deleted /x/run when RUN was "/x/run 2"."""
+    tool = tmp_path / "tool"
+    tool.write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
+    tool.chmod(0o755)
+    words = [
+        "make",
+        "-s",
+        "train",
+        f"RUN={name.replace('$', '$$')}",
+        f"CACHE={name.replace('$', '$$')}",
+        f"PYTHON={tool}",
+    ]
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[told.index("--output_dir") + 1] == told[told.index("--cache_dir") + 1] == name
+    assert not (ROOT / "hurt").exists()
+
+
+def test_make_check_removes_nothing_but_what_it_made(tmp_path):
+    tool, run = tmp_path / "tool", tmp_path / "run 2"
+    tool.write_text("#!/bin/sh\nexit 0\n")
+    tool.chmod(0o755)
+    for folder in (tmp_path / "run", run, run / "check"):
+        folder.mkdir()
+        (folder / "lora.safetensors").write_bytes(b"a week of work")
+    subprocess.run(["make", "-s", "check", f"RUN={run}", f"PYTHON={tool}"], cwd=ROOT, check=True)
+    assert len(list(tmp_path.rglob("lora.safetensors"))) == 3 and len(list(run.iterdir())) == 2

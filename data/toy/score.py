@@ -17,10 +17,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from data.cache import cache_folder, read_manifest
+from data.cache import cache_folder, read_index, read_manifest
 from data.common import safe
 from data.encoders import VAE, TextEncoders
 from data.models.files import Model, load
+from data.survey import image_digest
 from data.toy.draw import training_scenes
 from data.toy.measure import SubjectClassifier, colour_of, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
@@ -128,10 +129,20 @@ def score(run):
     }
 
 
+def on_the_toys_pictures(run):
+    """Whether all that the run's cache holds was drawn into RUN/pictures by data.toy.draw."""
+    drawn = {image_digest(path.read_bytes()) for path in (run / "pictures").glob("*.png")}
+    index, _ = read_index(cache_folder(run)) or ([], [])
+    return bool(len(index)) and set(index["image_digest"].tolist()) <= drawn
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m data.toy.score", description="score a run of the toy preset")
     parser.add_argument("run", type=Path, help="the run's folder, after precompute, train and infer")
     run = parser.parse_args(argv).run
+    if not on_the_toys_pictures(run):
+        print(f"{run}: not trained on the toy's own pictures, so there is nothing to score")
+        return
     scores = score(run)
     path = run / "compare" / "scores.json"
     with safe.atomic_write(path, "w") as file:
