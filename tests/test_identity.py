@@ -1,6 +1,7 @@
 """Which run a folder holds: said in words, with the commands that go on, before torch is imported."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -144,3 +145,19 @@ def test_a_second_restart_keeps_both(fresh):
         here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1, "--restart")
     assert [(fresh / f"earlier-{n}" / "lora.safetensors").exists() for n in (1, 2, 3)] == [True, True, False]
     assert identity.earlier(fresh) == fresh / "earlier-3" and len(list((fresh / "cache").iterdir())) > PICTURES // 2
+
+
+def test_a_run_keeps_the_number_of_threads_that_it_began_with(cached, tmp_path):
+    """On a CPU they decide the last bits: resumed on a machine with other cores, the run would end with other bytes."""
+    threads = {"once": ("2",), "resumed": ("2", "1"), "one": ("1",)}
+    for name, counts in threads.items():
+        shutil.copytree(cached / "cache", tmp_path / name / "cache")
+        for steps, count in zip((2, 4) if len(counts) > 1 else (4,), counts):
+            words = [*TRAIN, "--max_train_steps", steps, "--train_batch_size", 8, "--output_dir", tmp_path / name]
+            done = subprocess.run(
+                [sys.executable, "-m", "train", *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": count}
+            )
+            assert done.returncode == 0
+    losses = {name: [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in threads}
+    assert losses["once"] == losses["resumed"]
+    assert losses["once"] != losses["one"]  # else this test would show nothing

@@ -127,12 +127,16 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_for = dict(vram_gib=vram_gib, gradient_checkpointing=gradient_checkpointing, device=name)
+    # On a CPU the last bits of a sum depend on how many threads make it, so that number stays with the run
+    threads = (before or {}).get("threads", torch.get_num_threads())
+    torch.set_num_threads(threads)
     if before and before["made_for"] == made_for:
         return before
+    made = dict(made_for=made_for, threads=threads)
     if vram_gib and device.type != "cuda":
         print("--vram_gib is about a GPU's memory; there is none, and nothing is recomputed")
     if gradient_checkpointing or device.type != "cuda":
-        return dict(made_for=made_for, recomputed=None if gradient_checkpointing else [])
+        return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     for block in blocks:
         block.peak += state_bytes
@@ -146,4 +150,4 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
         f"{len(recomputed)} of {len(blocks)} blocks recomputed",
         flush=True,
     )
-    return dict(made_for=made_for, recomputed=recomputed)
+    return made | dict(recomputed=recomputed)
