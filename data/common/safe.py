@@ -15,6 +15,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from data.common import system
+
 
 class UserError(Exception):
     """Bad input or usage: one line that names the file, row or flag and what to do. Exit code 2."""
@@ -47,6 +49,7 @@ def run(main, argv):
     # On import these two report optional parts that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    system.share_the_cores()
     before = {signum: signal.signal(signum, _leave) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(argv)
