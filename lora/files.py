@@ -49,7 +49,9 @@ def export(adapters, path, base, resolution):
         for part, weight in (("lora_down", A), ("lora_up", B)):
             half = weight.to("cpu", torch.float16).contiguous()
             if not half.isfinite().all():
-                raise NumbersError(f"{name}.{part} is not finite in fp16: {path} was not written")
+                raise NumbersError(
+                    f"{name}.{part} is not finite in fp16: {path} was not written; lower --learning_rate"
+                )
             tensors[f"{key(name)}.{part}.weight"] = half
         tensors[f"{key(name)}.alpha"] = torch.tensor(float(adapters.alpha))
     metadata = {

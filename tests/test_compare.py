@@ -1,5 +1,6 @@
 """Base against LoRA: the same noise, nothing else between the two, and what diffusers' own pipeline draws."""
 
+import hashlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageFont
 from data.common.safe import NumbersError, UserError
 from infer.compare import difference, encode, models
 from infer.grid import CELL, _wrap, grid
-from infer.sample import noise
+from infer.sample import noise, sample
 
 
 @pytest.fixture
@@ -201,3 +202,30 @@ def test_the_grid_holds_every_picture_at_its_place():
             places.append((ys.min(), xs.min()))
         assert places == sorted(places) and places[0][0] < places[8][0]
     assert len(found.shape) == 3
+
+
+def test_a_report_never_tells_of_other_pictures_or_weights(run, tmp_path, monkeypatch):
+    """Stopped after its first picture, infer leaves no report of the last time; and what it says it read once."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    sha = hashlib.sha256((folder / "lora.safetensors").read_bytes()).hexdigest()
+
+    def stopped(*_):
+        shutil.copy(folder / "lora-000002.safetensors", folder / "lora.safetensors")  # another run's export, meanwhile
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infer.compare.grid", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
+    assert (folder / "compare" / "baseline_0.png").exists()
+    assert not (folder / "compare" / "report.json").exists() and not (folder / "compare" / "grid.png").exists()
+    monkeypatch.undo()
+    shutil.copy(run.folder / "lora.safetensors", folder)
+
+    def sampled(*given):
+        shutil.copy(folder / "lora-000002.safetensors", folder / "lora.safetensors")
+        return sample(*given)
+
+    monkeypatch.setattr("infer.compare.sample", sampled)
+    here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
+    assert json.loads((folder / "compare" / "report.json").read_text())["lora"]["sha256"] == sha

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -276,6 +277,31 @@ def test_the_plan_may_change_between_runs(fresh, run):
     same_as_uninterrupted(fresh, run)
 
 
+def test_the_first_and_the_last_line_say_what_is_done(cached, tmp_path, capsys):
+    """What one would ask a colleague: how many pictures and epochs, how large, from where, how long, and what next."""
+    folder = again(cached, tmp_path, "talks")
+    train(folder, "--max_train_steps", 12, "--checkpointing_steps", 5)
+    out = capsys.readouterr().out
+    assert "8 pictures, none held out; batch 2 × 2 = 4 a step; 12 steps = 6.0 epochs\n" in out
+    assert "rank 4 on 128 projections, 0.08 million weights; --mixed_precision no; nothing recomputed\n" in out
+    assert "a save after every 5 steps: 2 states of 1 MiB and 4 × 1 MiB of weights; from step 0\n" in out
+    assert re.search(r"2 more steps will take about \d+\.\d minutes", out)
+    assert f"{folder}/lora.safetensors after " in out and f"next: python -m infer --output_dir {folder} --prompt" in out
+    assert len(list(folder.glob("lora*.safetensors"))) == 4
+    train(folder, "--max_train_steps", 13, "--checkpointing_steps", 5)
+    assert "2 × 1 MiB of weights; from step 12\n" in capsys.readouterr().out
+
+
+def test_a_learning_rate_that_is_too_high_is_called_so(fresh):
+    """Eight names of pictures would send somebody looking for a bad picture. What was good so far is saved."""
+    with pytest.raises(
+        NumbersError, match=r"\(step \d+: the LoRA's weights are too large, lower --learning_rate\); .*state"
+    ):
+        train(fresh, "--max_train_steps", 40, "--learning_rate", 1e8, "--max_grad_norm", 1e8)
+    done = int(next((fresh / "state").glob("*.state")).stem)
+    assert vector(fresh, done).isfinite().all() and lines(fresh / "metrics.jsonl") == done
+
+
 def test_a_changed_schedule_is_said(fresh, capsys):
     train(fresh, "--max_train_steps", 1, "--lr_scheduler", "cosine")
     train(fresh, "--max_train_steps", 2, "--lr_scheduler", "cosine")
@@ -332,6 +358,18 @@ def test_a_changed_dataset_is_refused(run, tmp_path):
     change_cache(folder, content="other")
     with pytest.raises(UserError, match="the cache was encoded by another model or VAE"):
         train(folder)
+
+
+def test_the_steps_are_on_disk_before_the_state_that_counts_them(fresh, monkeypatch):
+    """A power cut between the two would leave a state at step 2 and one line in metrics.jsonl."""
+    done, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), real(file))[1])
+    train(fresh, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    names = [path.rsplit("/", 1)[1] for path in done if path.endswith((".jsonl", ".unfinished"))]
+    order = [
+        "metrics" if name == "metrics.jsonl" else "state" for name in names if "metrics" in name or ".state" in name
+    ]
+    assert order == ["metrics", "state"] * 2
 
 
 # ---- Numbers

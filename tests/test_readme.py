@@ -31,13 +31,15 @@ def test_links_and_targets_exist():
 
 
 def test_the_table_of_faults_names_tests_that_are_there():
-    """There are thirty rows. A test that is renamed or gone would leave a promise that nobody keeps."""
+    """A test that is renamed or gone would leave a promise that nobody keeps."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     names = set(re.findall(r"def test_(\w+)", tests))
     table = (ROOT / "tests" / "FAULTS.md").read_text()
     rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d", line)]
-    assert [int(row[1]) for row in rows] == list(range(1, 31))
-    for row in rows[:-1]:
+    assert [int(row[1]) for row in rows] == sorted({int(row[1]) for row in rows})
+    for row in rows:
+        if row[3].strip().startswith("not tried"):
+            continue
         words = [word for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", row[4]) if not word.startswith("test_")]
         assert words or "test_" in row[4], row
         for word in words:

@@ -164,3 +164,15 @@ def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="written by another version of this program; use another --output_dir"):
         Setup().load(tmp_path)
+
+
+def test_a_damaged_state_does_not_count_as_one_of_those_that_are_kept(tmp_path):
+    """Counted, it would push a good one out, and the next damage would be the end of the run."""
+    setup = Setup().step(0)
+    for step in (1, 2):
+        setup.save(tmp_path, step)
+    flip(tmp_path / "000002.state")
+    assert setup.load(tmp_path) == (1, PLAN)
+    setup.save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.glob("*.state")) == ["000001.state", "000003.state"]
+    assert (tmp_path / "000002.damaged").exists()

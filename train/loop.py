@@ -187,6 +187,10 @@ def save(run, done):
     """The weights after `done` steps, then the state. In this order, because a run that goes on from the state starts
     behind the step that wrote the weights."""
     export_weights(run, f"lora-{done:06d}")
+    keep_state(run, done)
+
+
+def keep_state(run, done):
     save_state(run.folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan)
 
 
@@ -198,7 +202,7 @@ def export_weights(run, name):
 def give_up(run, step, error):
     """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved."""
     if step:
-        save(run, step)
+        keep_state(run, step)
     run.micro_step = None  # a captured graph holds the memory that the forwards need now
     torch.cuda.empty_cache()
     where = describe(run.unet, run.adapters, graph.Eager(partial(forward, run), run.device), run.batches, step)
