@@ -1,14 +1,16 @@
 """The on-disk cache: what precompute writes and training reads.
 
-    RUN/cache/manifest.json     what the cache was made from and with; written last, so without it there is no cache
-              index.npy         one record per example: the places of its rows in the files below, and its time ids
-              names.txt         one line per example: the name that messages call it by
-              moments-HxW.rows  posteriors of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
-              captions.rows     text (77, 2048) and pooled (1280,), flat, once per distinct caption
-              *.keys            per row: the sha256 of all it was made of, and a checksum of its bytes
+    RUN/cache/manifest.json       what the cache was made from and with; written last, so without it there is no cache
+              index.npy           one record per example: its picture's row, its range of captions.npy, its time ids
+              captions.npy        the row in captions.rows of every example's first caption, second caption, ...
+              names.txt           one line per example: the name that messages call it by
+              posteriors-HxW.rows of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
+              captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption
+              *.keys              per row: the sha256 of all it was made of, and a checksum of its bytes
 
 A row is found by what it was made of. One that is there is never made again, and one whose caption, picture, model or
-bucket changed has another key, so that it cannot be taken for what it is not.
+bucket changed has another key, so that it cannot be taken for what it is not. The manifest holds a digest of the keys
+that the index refers to, so that rows which were replaced, moved or lost under an index are not taken for its own.
 """
 
 import collections
@@ -28,21 +30,24 @@ import numpy as np
 
 from data.common.ahead import ahead
 from data.common.safe import MachineError, UserError, atomic_write, naming, sha256_file
+from data.common.words import many
 
-VERSION = 2
+VERSION = 3
+REPAIR = "run python -m data.precompute again, it repairs it"
 COMMIT_SECONDS = 1  # of work that a killed writer has to do again, besides the batches that the encoders have under way
 KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
 INDEX = np.dtype(
     [
-        ("size", "<u2"),  # index of its bucket in the manifest's sizes
+        ("bucket", "<u2"),  # index of its bucket in the manifest's buckets
         ("picture", "<i4"),  # index of its row in that bucket's posteriors
         ("mirrored", "<i4"),  # the same for the mirror image; without --random_flip the picture's own
-        ("caption", "<i4"),  # index of its row in captions
+        ("first_caption", "<i4"),  # index in captions.npy of the first of its captions
+        ("captions", "<i4"),  # how many it has; they follow one another there
         ("held_out", "?"),  # not for training
         ("time_ids", "<i4", (6,)),
         ("mirrored_time_ids", "<i4", (6,)),
         ("image_digest", "S16"),  # of the file's bytes: a later precompute tells by it whether the picture changed
-        ("caption_digest", "S16"),  # the same for the caption
+        ("caption_digest", "S16"),  # the same for its captions
     ]
 )
 
@@ -89,6 +94,12 @@ class Rows:
         nearest = self._order[np.searchsorted(self.keys["key"], keys, sorter=self._order).clip(max=len(self) - 1)]
         return np.where(self.keys["key"][nearest] == keys, nearest, -1)
 
+    def digest(self, indices):
+        """Hex sha256 of the keys at `indices`. Raises UserError when one of these rows is not there."""
+        if lost := np.count_nonzero((indices < 0) | (indices >= len(self.map))):
+            raise UserError(f"{self.path}: {many(lost, 'row')} of the index not there; {REPAIR}")
+        return hashlib.sha256(self.keys["key"][indices]).hexdigest()
+
     def read(self, indices):
         """A copy of the rows at `indices`, stacked. Their pages go back to the system, so that memory does not grow."""
         rows = np.stack([self[index] for index in indices])
@@ -102,13 +113,14 @@ class Rows:
     def __getitem__(self, index):
         """The row as a float16 array. Raises UserError when its bytes are not those that were written."""
         if not self.good(index):
-            raise UserError(f"{self.path}: row {index} is damaged; run precompute again, it repairs it")
+            raise UserError(f"{self.path}: row {index} is damaged; {REPAIR}")
         return self.map[index]
 
-    def write(self, count, batches):
+    def write(self, count, batches, stored=lambda count: None):
         """Write the rows that `batches` yields as (keys, array (B, *shape)), at most `count` of them.
 
-        They are committed every COMMIT_SECONDS. The row of a key that is there already is written again in its place.
+        They are committed every COMMIT_SECONDS; stored(count) is told how many were. The row of a key that is there
+        already is written again in its place.
         Raises MachineError before the first row when the disk cannot hold them all.
         """
         if not count:
@@ -123,7 +135,7 @@ class Rows:
                 os.posix_fallocate(data.fileno(), 0, size)
             except OSError as error:
                 raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
-            writer = _Writer(self, data, index)
+            writer = _Writer(self, data, index, stored)
             try:
                 with ThreadPoolExecutor(1) as pool:
                     for _ in ahead(pool, writer.put, batches, 1):  # one batch is written while the next is made
@@ -137,8 +149,8 @@ class Rows:
 class _Writer:
     """Puts rows into their two open files. After an error it writes no more, because the disk cannot be trusted."""
 
-    def __init__(self, rows, data, index):
-        self.rows, self.data, self.index, self.fine = rows, data, index, True
+    def __init__(self, rows, data, index, stored):
+        self.rows, self.data, self.index, self.stored, self.fine = rows, data, index, stored, True
         self.end, self.committed = len(rows), time.monotonic()
         self.waiting = {}  # {index of a row: its key, not on disk yet}
 
@@ -168,7 +180,7 @@ class _Writer:
         waiting, keys_file = self.waiting, self.index.fileno()
         if not waiting or not self.fine:
             return
-        self.fine = False
+        self.fine, count = False, len(waiting)
         self.data.flush()
         os.fdatasync(self.data.fileno())
         with naming(self.rows.keys_path):
@@ -182,15 +194,20 @@ class _Writer:
             os.fdatasync(keys_file)
         waiting.clear()
         self.committed, self.fine = time.monotonic(), True
+        self.stored(count)
 
 
-def write_index(folder, index, names, manifest):
-    """Commit a cache: the index, the names, and the manifest last. When nothing changed, nothing is written."""
-    folder, npy = Path(folder), io.BytesIO()
-    np.save(npy, index)
-    files = {"index.npy": npy.getbuffer(), "names.txt": "".join(name + "\n" for name in names).encode()}
+def write_index(folder, index, captions, names, manifest):
+    """Commit a cache: index, captions (M,) <i4, names, and the manifest last. When nothing changed, nothing is written.
+
+    The manifest gets digests of these files and of the keys of all rows that they refer to.
+    """
+    folder = Path(folder)
+    files = {"index.npy": _npy(index), "captions.npy": _npy(captions)}
+    files["names.txt"] = "".join(name + "\n" for name in names).encode()
     digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
-    manifest = {"version": VERSION, **manifest, "files": digests}
+    keys = _keys(index, np.append(captions, manifest["unconditional"]), *_rows(folder, manifest))
+    manifest = {"version": VERSION, **manifest, "files": digests, "keys": keys}
     text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
     path = folder / "manifest.json"
     if read_index(folder) and path.read_text() == text:
@@ -201,6 +218,28 @@ def write_index(folder, index, names, manifest):
             file.write(blob)
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+def _npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getbuffer()
+
+
+def _rows(folder, manifest):
+    """The cache's files of rows: (captions, [posteriors of each bucket])"""
+    captions = Rows(folder, "captions", (math.prod(manifest["text_shape"]) + math.prod(manifest["pooled_shape"]),))
+    names = map(posteriors_name, manifest["buckets"])
+    return captions, [Rows(folder, name, shape) for name, shape in zip(names, manifest["posterior_shapes"])]
+
+
+def _keys(index, captions, caption_rows, posteriors):
+    """{file of rows: digest of the keys of those rows that an index refers to}. Raises UserError for rows not there."""
+    keys, bucket = {caption_rows.name: caption_rows.digest(captions)}, np.asarray(index["bucket"])
+    pictures = np.stack([index["picture"], index["mirrored"]])
+    for i, rows in enumerate(posteriors):
+        keys[rows.name] = rows.digest(pictures[:, bucket == i].ravel())
+    return keys
 
 
 def read_index(folder):
@@ -222,15 +261,24 @@ def read_manifest(folder):
         raise UserError(
             f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # it is no JSON, or holds something else
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or something else
         whole = False
     if not whole:
-        raise UserError(
-            f"{path}: damaged, or of an earlier version; run python -m data.precompute again, it repairs it"
-        )
+        raise UserError(f"{path}: damaged, or of an earlier version; {REPAIR}")
     if manifest["version"] != VERSION:
-        raise UserError(f"{path}: written by another version; delete {folder} and run precompute again")
+        raise UserError(
+            f"{path}: written by another version; run python -m data.precompute again, it keeps what it can use"
+        )
     return manifest
+
+
+def earlier_version(folder):
+    """The version of the format that the folder's cache has, where it is an earlier one; else None."""
+    try:
+        version = json.loads((Path(folder) / "manifest.json").read_bytes())["version"]
+        return version if version < VERSION else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _checksum(manifest):
@@ -245,7 +293,7 @@ def _whole(folder, manifest, name):
     except OSError:
         whole = False
     if not whole:
-        raise UserError(f"{path}: not there or damaged; run python -m data.precompute again, it repairs it")
+        raise UserError(f"{path}: not there or damaged; {REPAIR}")
     return path
 
 
@@ -313,17 +361,25 @@ class Cache:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
-        self.buckets, self.text_shape = self.manifest["sizes"], self.manifest["text_shape"]
+        self.caption_rows = np.load(_whole(folder, self.manifest, "captions.npy"), mmap_mode="r")
+        self.buckets, self.text_shape = self.manifest["buckets"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
-        self.captions = Rows(folder, "captions", (self.text_size + math.prod(self.manifest["pooled_shape"]),))
-        shapes = self.manifest["moments_shapes"]
-        self.posteriors = [Rows(folder, posteriors_name(bucket), shape) for bucket, shape in zip(self.buckets, shapes)]
-        bucket_of, held_out = np.asarray(self.index["size"]), np.asarray(self.index["held_out"])
+        self.captions, self.posteriors = _rows(folder, self.manifest)
+        self._check_keys()
+        bucket_of, held_out = np.asarray(self.index["bucket"]), np.asarray(self.index["held_out"])
         self.members = [np.flatnonzero((bucket_of == i) & ~held_out) for i in range(len(self.buckets))]
         if not len(self):
             raise UserError(
-                f"{self.folder}: all of {len(self.index)} rows are held out; use a smaller --validation_fraction"
+                f"{self.folder}: {many(len(self.index), 'row')}, all held out; use a smaller --validation_fraction"
             )
+
+    def _check_keys(self):
+        """Raise UserError when a row that the index refers to is not there, or is another one now."""
+        captions = np.append(self.caption_rows, self.manifest["unconditional"])
+        keys = _keys(self.index, captions, self.captions, self.posteriors)
+        for name in keys:
+            if keys[name] != self.manifest["keys"][name]:
+                raise UserError(f"{self.folder / name}.rows: not the rows that the index was made for; {REPAIR}")
 
     def __len__(self):
         return sum(map(len, self.members))
@@ -336,17 +392,18 @@ class Cache:
             return [f"row {i}" for i in examples]
         return [names[i] for i in examples]
 
-    def batch(self, examples, mirrored, empty):
+    def batch(self, examples, mirrored, empty, which=0.0):
         """The arrays of B examples of one bucket, as fresh copies.
 
         mirrored (B,) bool: take the mirror image where one is cached. empty (B,) bool: take the unconditional embedding
-        instead of the caption's.
+        instead of the caption's. which (B,), 0 <= which < 1: where in the example's range of captions to take one.
         -> dict of mean, std (B, 4, h, w), text (B, 77, 2048), pooled (B, 1280), all fp16, and time_ids (B, 6) int32
         """
         records = self.index[np.asarray(examples)]
         pictures = np.where(mirrored, records["mirrored"], records["picture"])
-        captions = np.where(empty, self.manifest["unconditional"], records["caption"])
-        posteriors = self.posteriors[records["size"][0]].read(pictures)
+        places = records["first_caption"] + (np.float64(which) * records["captions"]).astype(int)
+        captions = np.where(empty, self.manifest["unconditional"], self.caption_rows[places])
+        posteriors = self.posteriors[records["bucket"][0]].read(pictures)
         flat = self.captions.read(captions)
         return dict(
             mean=posteriors[:, 0],
@@ -359,4 +416,4 @@ class Cache:
 
 def posteriors_name(bucket):
     """The name, without its ending, of the file that holds the posteriors of one bucket."""
-    return f"moments-{bucket[0]}x{bucket[1]}"
+    return f"posteriors-{bucket[0]}x{bucket[1]}"

@@ -1,37 +1,58 @@
 """Any source of pictures and captions -> a sequence of examples, each of them read when it is asked for."""
 
+import collections
 import csv
 import json
 import os
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.common.safe import DISK_ERRORS, UserError, is_text, printable
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from data.common.words import many, shortened
+from data.images import MAX_BYTES, SUFFIXES
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption. `source` is the file's bytes or its path; messages call it by `name`."""
+    """One picture with its captions, of which training draws one each time.
+
+    `source` is the file's bytes or its path; messages call the picture by `name`.
+    """
 
     name: str
     source: bytes | Path
-    caption: str
+    captions: tuple[str, ...]
 
     def data(self):
-        """The bytes of the picture's file."""
+        """The bytes of the picture's file. Raises UserError for what is no file, such as a pipe that nobody fills."""
+        if isinstance(self.source, bytes):
+            return self.source
         try:
-            return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+            facts = os.stat(self.source)
+            if not stat.S_ISREG(facts.st_mode):
+                raise UserError(f"{self.name}: not a file but a folder, pipe or device; remove it")
+            if facts.st_size > MAX_BYTES:
+                raise UserError(f"{self.name}: {facts.st_size / 2**30:.1f} GiB; a picture's file has at most 2")
+            return self.source.read_bytes()
         except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
             raise UserError(f"{self.name}: {error.strerror} ({self.source})") from None
+        except ValueError as error:  # a zero byte in the path
+            raise UserError(f"{self.name}: {error}") from None
 
 
 class Examples:
-    """A sequence of `length` Examples. read(index) -> (path or None, bytes or None, caption)"""
+    """A sequence of `length` Examples. read(index) -> (path or None, bytes or None, its captions)
 
-    def __init__(self, read, length, folder=None):
-        self.read, self.length, self.folder = read, length, folder
+    The captions are one string, a list of strings, or the UserError that says why there are none.
+    notes: what there was besides the examples, a line each.
+    """
+
+    def __init__(self, read, length, folder=None, notes=()):
+        self.read, self.length, self.folder, self.notes = read, length, folder, notes
 
     def __len__(self):
         return self.length
@@ -47,15 +68,21 @@ class Examples:
         return printable(name)  # because Linux allows any bytes in a name, and a terminal does not
 
     def __getitem__(self, index):
-        path, data, caption = self.read(index)
+        path, data, captions = self.read(index)
         name = self._name(index, path)
+        if isinstance(captions, UserError):
+            raise UserError(f"{name}: {captions}")
         if not path and data is None:
             raise UserError(f"{name}: no image in it")
-        if not isinstance(caption, str):
-            raise UserError(f"{name}: its caption is {repr(caption)[:40]}, not text")
-        if not is_text(caption):
-            raise UserError(f"{name}: its caption {ascii(caption)[:40]} holds half a character; write it again")
-        return Example(name, Path(path) if data is None else data, caption)
+        captions = tuple(captions) if isinstance(captions, list) else (captions,)
+        if not captions:
+            raise UserError(f"{name}: its list of captions is empty")
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise UserError(f"{name}: its caption is {repr(caption)[:40]}, not text")
+            if not is_text(caption):
+                raise UserError(f"{name}: its caption {ascii(caption)[:40]} holds half a character; write it again")
+        return Example(name, Path(path) if data is None else data, captions)
 
 
 def open_examples(settings):
@@ -68,12 +95,13 @@ def open_examples(settings):
     if settings.dataset_name is not None:
         flag = f"--dataset_name {settings.dataset_name}"
         read, length = _dataset(flag, settings.dataset_name, settings.image_column, settings.caption_column)
+        notes = []
     else:
         flag = f"--train_data_dir {settings.train_data_dir}"
-        read, length = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
+        read, length, notes = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
     if not length:
         raise UserError(f"{flag}: no rows in it")
-    return Examples(read, min(length, settings.max_train_samples or length), settings.train_data_dir)
+    return Examples(read, min(length, settings.max_train_samples or length), settings.train_data_dir, notes)
 
 
 def _dataset(flag, name, image_column, caption_column):
@@ -122,22 +150,87 @@ def _folder(flag, folder, caption_column):
     """Images with a metadata.jsonl or .csv, as in datasets' image folders, or each with a .txt next to it.
 
     They are read here and not by `datasets`, because it drops a row whose file is missing without a word.
-    -> (read, length) for Examples
+    -> (read, length, notes) for Examples
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{flag}: no such folder")
+    files, hidden, closed = _listing(flag, folder)
+    pictures = [path for path in files if _suffix(path) in SUFFIXES]
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is None:
-        paths = _images(flag, folder)
-        captions = [_caption_of(path) for path in paths]
+        if not pictures and not closed:
+            raise UserError(f"{flag}: no images in it")
+        paths, captions = pictures, [_captions_of(path) for path in pictures]
+        used, unlisted = {*paths, *(os.path.splitext(path)[0] + ".txt" for path in paths)}, []
     else:
         paths, captions = _table(table, caption_column)
-    return lambda index: (paths[index], None, captions[index]), len(paths)
+        used = {str(table), *(os.path.normpath(path) for path in paths if path)}
+        unlisted = [path for path in pictures if os.path.normpath(path) not in used]
+    others = [path for path in files if _suffix(path) not in SUFFIXES and path not in used]
+    paths, captions = paths + list(closed), captions + list(closed.values())
+    notes = _notes(folder, hidden, others, unlisted, table)
+    return lambda index: (paths[index], None, captions[index]), len(paths), notes
+
+
+def _listing(flag, folder):
+    """All files in a folder and those below, also behind links. Names that begin with a dot are not looked at.
+
+    -> (paths in order, how many hidden files and folders, {folder that cannot be read: UserError})
+    """
+    seen, files, hidden, closed = set(), [], 0, {}
+
+    def cannot(error):
+        if error.errno in DISK_ERRORS:
+            raise error
+        if error.filename == str(folder):
+            raise UserError(f"{flag}: {error.strerror}")
+        closed[error.filename] = UserError(f"a folder that cannot be read ({error.strerror})")
+
+    for place, folders, names in os.walk(folder, onerror=cannot, followlinks=True):
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in seen:  # a link led back here
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        hidden += sum(name.startswith(".") for name in folders + names)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    return sorted(files), hidden, closed
+
+
+def _suffix(path):
+    return os.path.splitext(path)[1].lower()
+
+
+def _notes(folder, hidden, others, unlisted, table):
+    """What of a folder is not used, in lines."""
+
+    def example(path):
+        return f"e.g. {printable(os.path.relpath(path, folder))}"
+
+    notes = []
+    if hidden:
+        notes.append(f"{folder}: passed over: {many(hidden, 'hidden file')}, whose names begin with a dot")
+    if others:
+        kinds = collections.Counter(_suffix(path) or "without a suffix" for path in others)
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(10))
+        notes.append(
+            f"{folder}: passed over: {counts}, {example(others[0])}; pictures are {' '.join(sorted(SUFFIXES))}"
+        )
+    if unlisted:
+        notes.append(
+            f"{folder}: passed over: {many(len(unlisted), 'picture')} not in {table.name}, {example(unlisted[0])}"
+        )
+    if repeated := [entry.name for entry in os.scandir(folder) if entry.is_dir() and re.match(r"\d+_.", entry.name)]:
+        notes.append(
+            f"{folder}: the number in {printable(sorted(repeated)[0])} repeats nothing; pictures come equally often"
+        )
+    return notes
 
 
 def _table(table, caption_column):
-    """metadata.jsonl or metadata.csv -> (paths, captions)"""
-    paths, captions = [], []
+    """metadata.jsonl or metadata.csv -> (paths, captions), None or a UserError for what a row lacks"""
+    paths, captions, columns = [], [], {}
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             if table.suffix == ".jsonl":
@@ -145,36 +238,42 @@ def _table(table, caption_column):
             else:
                 lines = csv.DictReader(file, strict=True, skipinitialspace=True)
             for line in lines:
-                if "file_name" in line and None in line and any(line[None]):  # csv puts surplus fields under None
-                    raise ValueError(f"{line[None]} is beyond the last column; put texts with commas in quotes")
-                paths.append(str(table.parent / line["file_name"]))
-                captions.append(line[caption_column])
-    except KeyError as error:
-        column = error.args[0]
-        owner = f"--caption_column {column}" if column == caption_column else column
-        raise UserError(
-            f"{owner}: not in row {len(captions)} of {table}, which has {', '.join(map(str, line))}"
-        ) from None
-    except (ValueError, TypeError, csv.Error) as error:
+                if not isinstance(line, dict):
+                    raise ValueError(f"{shortened(str(line))} is not an object with file_name and {caption_column}")
+                surplus = line.pop(None, [])  # where csv puts it
+                if "file_name" in line and any(surplus):
+                    raise ValueError(f"{surplus} is beyond the last column; put texts with commas in quotes")
+                columns |= dict.fromkeys(line)
+                name = line.get("file_name")
+                paths.append(str(table.parent / name) if isinstance(name, str) and name else None)
+                if caption_column in line:
+                    captions.append(line[caption_column])
+                else:
+                    captions.append(UserError(f"no {caption_column} in its row of {table.name}"))
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         raise UserError(f"{table}, row {len(captions)}: {error}") from None
-    gone = [path for path in paths if not os.path.isfile(path)]
-    if gone:
-        raise UserError(f"{table}: {len(gone)} of its files are not there, e.g. {gone[0]}")
+    for flag, column in (("", "file_name"), ("--caption_column ", caption_column)):
+        if paths and column not in columns:
+            raise UserError(f"{flag}{column}: not in {table}, which has {', '.join(map(str, columns))}")
     return paths, captions
 
 
-def _images(flag, folder):
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(f"{flag}: no images in it")
-    return paths
-
-
-def _caption_of(path):
-    text = Path(path).with_suffix(".txt")
-    if not text.is_file():
-        raise UserError(f"{path}: no metadata.jsonl in the folder and no {text.name} next to it; write one of them")
+def _captions_of(picture):
+    """The caption in the .txt next to a picture, a list where it has several lines; a UserError where there is none."""
+    text = Path(picture).with_suffix(".txt")
     try:
-        return text.read_text(encoding="utf-8-sig").strip()
+        if not text.is_file():
+            return UserError(
+                f"no metadata.jsonl in the folder and no {printable(text.name)} next to it; write one of them"
+            )
+        lines = text.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        return UserError(f"{printable(text.name)}: {error.strerror}")
     except ValueError as error:
-        raise UserError(f"{text}: {error}; save it as UTF-8") from None
+        return UserError(f"{printable(text.name)}: {error}; save it as UTF-8")
+    captions = [line.strip() for line in lines if line.strip()]
+    return captions if len(captions) > 1 else "".join(captions)

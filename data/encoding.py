@@ -13,6 +13,7 @@ from data.buckets import resize_and_crop
 from data.cache import Rows
 from data.common import safe
 from data.common.ahead import ahead
+from data.common.words import many, shortened
 from data.dataset import Examples
 from data.images import read_rgb
 from data.survey import EXAMPLES_AHEAD, image_digest
@@ -33,14 +34,24 @@ class Draft:
     buckets: list[tuple[int, int]]
     examples: Examples
     rows: np.ndarray  # what each example is made of, as survey tells it
+    caption_keys: np.ndarray  # of all their captions, one after the other
     names: list[str]
     unconditional: bytes  # the key of the unconditional embedding, which is one row of captions
     zeros: bool  # whether that is zeros, as SDXL's is, or the embedding of the empty caption
     captions: Rows
     posteriors: list[Rows]  # of each bucket
+    facts: dict  # what the manifest says of the model, the encoders and their rows
 
     def example(self, row):
         return self.examples[int(self.rows["index"][row])]
+
+    def row_of(self, captions):
+        """The rows that have the `captions`, indices into caption_keys."""
+        return np.searchsorted(self.rows["first_caption"], captions, side="right") - 1
+
+    def caption(self, row, index):
+        """The text of a row's caption, `index` among all captions."""
+        return self.example(row).captions[index - self.rows["first_caption"][row]]
 
     def name(self, row):
         """The name that messages call the row's example by."""
@@ -52,7 +63,7 @@ class Todo:
     """What of a draft is not on disk yet."""
 
     unconditional: bool
-    captions: np.ndarray  # indices of rows
+    captions: np.ndarray  # indices into caption_keys
     pictures: list[tuple[np.ndarray, np.ndarray]]  # of each bucket: indices of rows, and whether it is the mirror image
 
 
@@ -60,11 +71,20 @@ def encode_captions(draft, todo, device, stop):
     """Encode the captions that are missing, and the unconditional embedding."""
     if not len(todo.captions) and not todo.unconditional:
         return
-    texts = draft.texts.load(device)
+    texts, long = draft.texts.load(device), []
     if todo.unconditional:
         draft.captions.write(1, unconditional(draft))
-    draft.captions.write(len(todo.captions), captions_in_batches(draft, todo.captions, stop))
+    if len(todo.captions):
+        with tqdm(total=len(todo.captions), unit="caption", desc="captions") as bar:
+            batches = captions_in_batches(draft, todo.captions, stop, long)
+            draft.captions.write(len(todo.captions), batches, bar.update)
     stop_if_asked(stop)
+    if long:
+        print(
+            f"longer than CLIP reads: {many(len(long), 'caption')}; what follows 75 tokens is not seen, "
+            f"e.g. of {draft.name(long[0][0])}: {shortened(draft.caption(*long[0]))}",
+            flush=True,
+        )
     texts.unload()  # so that they and the VAE are never in memory together
 
 
@@ -77,7 +97,8 @@ def encode_pictures(draft, todo, device, stop, pool, failed):
     with tqdm(total=count, unit="image", desc="pictures") as bar:
         for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
             pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
-            posteriors.write(len(rows), posteriors_in_batches(draft, bucket, pictures, stop, pool, failed))
+            batches = posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar)
+            posteriors.write(len(rows), batches, bar.update)
             stop_if_asked(stop)
 
 
@@ -94,27 +115,22 @@ def unconditional(draft):
     return draft.texts.encode([(keys, [""])])
 
 
-def captions_in_batches(draft, rows, stop):
-    """Yield (keys, embeddings) of the captions of `rows`, until a signal stops it."""
-    long = []  # rows whose caption is longer than CLIP reads
+def captions_in_batches(draft, indices, stop, long):
+    """Yield (keys, embeddings) of the captions at `indices`, until a signal stops it.
+
+    Those that are longer than CLIP reads are put into the list `long`, each as (row, index).
+    """
 
     def captions():
-        for batch in batches(rows, CAPTIONS_AT_ONCE):
+        for batch in batches(zip(draft.row_of(indices), indices), CAPTIONS_AT_ONCE):
             if stop.received:
                 return
-            texts = [draft.example(row).caption for row in batch]
-            long.extend(row for row, text in zip(batch, texts) if draft.texts.truncated(text))
-            yield draft.rows["caption_key"][batch], texts
+            texts = [draft.caption(*place) for place in batch]
+            long.extend(place for place, text in zip(batch, texts) if draft.texts.truncated(text))
+            yield draft.caption_keys[[index for _, index in batch]], texts
 
-    with tqdm(total=len(rows), unit="caption", desc="captions") as bar:
-        for keys, embeddings in draft.texts.encode(captions()):
-            bar.update(len(keys))
-            yield keys, embeddings.numpy()
-    if long:
-        print(
-            f"{len(long):,} captions are longer than CLIP reads; "
-            f"what follows 75 tokens is not seen, e.g. of {draft.example(long[0]).caption!r}"
-        )
+    for keys, embeddings in draft.texts.encode(captions()):
+        yield keys, embeddings.numpy()
 
 
 def decoded(draft, bucket, pictures, pool, failed, bar):
@@ -135,14 +151,14 @@ def decoded(draft, bucket, pictures, pool, failed, bar):
         return row, draft.rows["picture_key"][row], pixels
 
     for row, key, result in ahead(pool, decode, pictures, EXAMPLES_AHEAD):
-        bar.update()
         if key is None:
+            bar.total -= 1
             failed.add(draft.rows["image_digest"][row], draft.name(row), result)
         else:
             yield row, key, result
 
 
-def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed):
+def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar):
     """Yield (keys, posteriors (B, 2, 4, h, w) fp16) of the (row, key, pixels) `pictures`, until a signal stops it."""
     vae = draft.vae
     at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (bucket[0] * bucket[1] * vae.dtype.itemsize)))
@@ -163,6 +179,7 @@ def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed):
         for i in np.flatnonzero(~finite):
             row, name = rows[i], draft.name(rows[i])
             problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
+            bar.total -= 1
             failed.add(draft.rows["image_digest"][row], name, safe.NumbersError(problem))
         yield keys[finite], posteriors[finite]
 

@@ -1,5 +1,6 @@
 """python -m data.precompute: pictures and captions -> RUN/cache. Run again, it encodes only what is not there."""
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -12,18 +13,29 @@ from pathlib import Path
 import numpy as np
 
 from data import buckets, check
-from data.cache import INDEX, Rows, posteriors_name, read_index, told_apart, write_index
+from data.cache import (
+    INDEX,
+    VERSION,
+    Rows,
+    earlier_version,
+    posteriors_name,
+    read_index,
+    read_manifest,
+    told_apart,
+    write_index,
+)
 from data.common import door, safe
 from data.common.flags import parse
+from data.common.words import many
 from data.dataset import open_examples
 from data.encoding import Draft, Todo, encode_captions, encode_pictures
-from data.images import without_pillows_limit
+from data.images import DECODER, without_pillows_limit
 from data.models.files import Model
-from data.survey import Skipped, changes, key, missing, survey
+from data.survey import Skipped, changes, first_captions, key, missing, survey
 
 WRITES = ("manifest.json", "index.npy", "names.txt", "captions.rows", "captions.keys")
 # What a resumed training must find unchanged, of each row.
-CONTENT = ("picture_key", "mirrored_key", "caption_key", "time_ids", "held_out")
+CONTENT = ("picture_key", "mirrored_key", "captions", "time_ids", "held_out")
 
 
 def main(argv):
@@ -44,14 +56,16 @@ def precompute(settings, folder, pool):
     """Bring the cache in `folder` to what the settings ask for: see what is missing, say so, encode it, commit."""
     skipped, failed = Skipped(settings.skip_bad), Skipped(settings.skip_bad)  # rows; pictures, by their digest
     examples = open_examples(settings)
+    for note in examples.notes:
+        print(note, flush=True)
     device = check.device()
     check.precision(settings.mixed_precision, device)
     texts, vae = open_encoders(settings)
     draft = look(settings, folder, examples, texts, vae, pool, skipped)
     todo = what_is_missing(draft)
 
-    which, why = in_words(draft, todo)
-    room = room_for(draft, todo)
+    print(overview(draft, skipped))
+    (which, why), room = in_words(draft, todo), room_for(draft, todo)
     print(f"{which} to encode: {why}; {room / 2**20:,.0f} MiB in {folder}", flush=True)
     safe.need_space(folder, room, "the cache")
     if settings.explain:
@@ -64,13 +78,13 @@ def precompute(settings, folder, pool):
         between = time.perf_counter()
         encode_pictures(draft, todo, device, stop, pool, failed)
         ended = time.perf_counter()
-        left_out = commit(draft, settings.resolution, skipped, failed)
+        left_out = commit(draft, skipped, failed)
     print(
         f"{which} encoded: {why}; "
         f"text in {between - began:.1f} s, pictures in {ended - between:.1f} s, loading included"
     )
     if left_out:
-        print(f"{len(left_out):,} rows left out, e.g. {': '.join(left_out[0])}")
+        print(f"{many(len(left_out), 'row')} left out, e.g. {': '.join(left_out[0])}")
 
 
 def open_encoders(settings):
@@ -86,12 +100,19 @@ def open_encoders(settings):
 
 def look(settings, folder, examples, texts, vae, pool, skipped):
     """Survey the examples and open the cache's files. -> Draft"""
+    if stale := earlier_version(folder):
+        print(
+            f"{folder}: its format is {stale}, here it is {VERSION}: captions of the same encoders are kept, pictures "
+            "are encoded again; its moments-* are of no use any more, delete them",
+            flush=True,
+        )
     some_buckets = buckets.make_buckets(settings.resolution, settings.buckets)
     zeros = texts.model.index().get("force_zeros_for_empty_prompt", True)
-    prints = texts.fingerprint, vae.fingerprint
-    rows, names = survey(
-        examples, prints, some_buckets, settings.random_flip, settings.validation_fraction, pool, skipped
+    identity = dict(text_encoders=texts.fingerprint, vae=vae.fingerprint)
+    rows, caption_keys, names = survey(
+        examples, identity.values(), some_buckets, settings.random_flip, settings.validation_fraction, pool, skipped
     )
+    posteriors = [Rows(folder, posteriors_name(bucket), vae.posterior_shape(bucket)) for bucket in some_buckets]
     return Draft(
         folder=folder,
         texts=texts,
@@ -99,11 +120,24 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
         buckets=some_buckets,
         examples=examples,
         rows=rows,
+        caption_keys=caption_keys,
         names=names,
         unconditional=key("unconditional", texts.fingerprint, zeros),
         zeros=zeros,
         captions=Rows(folder, "captions", (np.prod(texts.text_shape) + texts.pooled_shape[0],)),
-        posteriors=[Rows(folder, posteriors_name(bucket), vae.posterior_shape(bucket)) for bucket in some_buckets],
+        posteriors=posteriors,
+        facts=dict(
+            model=asdict(texts.model.pinned()),
+            vae=asdict(vae.model.pinned()),
+            identity=identity,
+            decoder=DECODER,
+            resolution=settings.resolution,
+            scaling_factor=vae.config["scaling_factor"],
+            buckets=some_buckets,
+            posterior_shapes=[rows.shape for rows in posteriors],
+            text_shape=texts.text_shape,
+            pooled_shape=texts.pooled_shape,
+        ),
     )
 
 
@@ -111,38 +145,64 @@ def what_is_missing(draft):
     """What of the draft is not on disk yet. -> Todo"""
     return Todo(
         unconditional=len(missing(np.array([draft.unconditional], "S32"), draft.captions)) > 0,
-        captions=missing(draft.rows["caption_key"], draft.captions),
+        captions=missing(draft.caption_keys, draft.captions),
         pictures=[missing_pictures(draft.rows, i, posteriors) for i, posteriors in enumerate(draft.posteriors)],
     )
 
 
 def missing_pictures(rows, bucket, posteriors):
     """The pictures of a bucket that `posteriors` lacks: indices of their rows, and whether mirrored; two arrays."""
-    members = np.flatnonzero(rows["size"] == bucket)
+    members = np.flatnonzero(rows["bucket"] == bucket)
     which = missing(np.concatenate([rows["picture_key"][members], rows["mirrored_key"][members]]), posteriors)
     return members[which % max(1, len(members))], which >= len(members)
 
 
 def only_adds(draft, todo):
     """Whether all that the cache holds stays as it is: no damaged row is written again, and no old record changes."""
-    index, (old_index, old_names) = places(draft), read_index(draft.folder) or (np.empty(0, INDEX), [])
-    again = [
-        index["caption"][todo.captions],
-        draft.captions.find(np.array([draft.unconditional] * todo.unconditional, "S32")),
-    ]
+    index, captions = places(draft)
+    again = [captions[todo.captions], draft.captions.find(np.array([draft.unconditional] * todo.unconditional, "S32"))]
     again += [np.where(flip, index["mirrored"][rows], index["picture"][rows]) for rows, flip in todo.pictures]
-    new = dict(zip(told_apart(draft.names), index))
-    return (np.concatenate(again) < 0).all() and all(
-        new.get(name) == old for name, old in zip(told_apart(old_names), old_index)
+    before = read_index(draft.folder)
+    if not before:
+        return True  # nobody reads it yet
+    facts = read_manifest(draft.folder)
+    fields = [name for name in INDEX.names if name != "first_caption"]
+    new = dict(zip(told_apart(draft.names), index[fields]))
+    return (
+        (np.concatenate(again) < 0).all()
+        and all(facts[name] == draft.facts[name] for name in ("identity", "decoder"))
+        and all(new.get(name) == old for name, old in zip(told_apart(before[1]), before[0][fields]))
     )
+
+
+def overview(draft, skipped):
+    """What the examples are, in a line."""
+    rows, bucket, size = draft.rows, draft.rows["time_ids"][:, 4:], draft.rows["time_ids"][:, :2]
+    counts = collections.Counter(rows["bucket"].tolist()).most_common()
+    facts = ", ".join(f"{count:,} at {draft.buckets[i][1]} × {draft.buckets[i][0]}" for i, count in counts)
+    facts = [facts, f"{rows['held_out'].sum() or 'none'} held out"]
+
+    def say(which, noun, about=""):
+        if len(which):
+            facts.append(f"{many(len(which), noun)}{about}, e.g. {draft.names[which[0]]}")
+
+    say(np.flatnonzero((size < bucket).any(axis=1)), "picture", " enlarged")
+    say(np.flatnonzero(rows["empty"]), "row", " with an empty caption")
+    say(np.flatnonzero(rows["captions"] > 1), "row", " with several captions")
+    _, first = np.unique(rows["image_digest"], return_index=True)
+    say(np.setdiff1d(np.arange(len(rows)), first), "row", " with a picture that an earlier one has")
+    if skipped.reasons:
+        facts.append(f"{many(len(skipped.reasons), 'row')} left out")
+    return f"{many(len(rows), 'row')}: {'; '.join(facts)}"
 
 
 def in_words(draft, todo):
     """What a message says of it. -> (which rows are to be encoded, why)"""
     before = read_index(draft.folder)
-    also = ["the unconditional embedding"] if before and todo.unconditional else []
     pictures = [np.concatenate(both) for both in zip(*todo.pictures)]
-    return changes(draft.rows, draft.names, pictures, todo.captions, before, also)
+    captions = draft.row_of(todo.captions)
+    before = before and (*before, read_manifest(draft.folder))
+    return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, todo.unconditional)
 
 
 def room_for(draft, todo):
@@ -152,52 +212,49 @@ def room_for(draft, todo):
     return captions + sum(posteriors.room(len(rows)) for posteriors, (rows, _) in pictures)
 
 
-def commit(draft, resolution, skipped, failed):
+def commit(draft, skipped, failed):
     """Write the index and the manifest: from here on there is a cache. -> [name, reason] of each row left out"""
-    rows, index = draft.rows, places(draft)
+    rows, (index, captions) = draft.rows, places(draft)
     good = (index["picture"] >= 0) & (index["mirrored"] >= 0)
     left_out = list(skipped.reasons.values())
     for i in np.flatnonzero(~good):  # each row of a picture that failed, which was tried once, under one of its names
         _, reason = failed.reasons[rows["image_digest"][i]]
         left_out.append([draft.names[i], reason])
-    kept = slice(None) if good.all() else np.flatnonzero(good)  # a slice copies nothing
-    index, names = index[kept], [name for name, fine in zip(draft.names, good) if fine]
+    caption_keys, names = draft.caption_keys, draft.names
+    if not good.all():
+        having = np.repeat(good, rows["captions"])  # captions whose row is good
+        captions, caption_keys = captions[having], caption_keys[having]
+        index, rows, names = index[good], rows[good], [name for name, fine in zip(names, good) if fine]
+        index["first_caption"] = first_captions(index["captions"])
     if not len(index):
-        raise safe.UserError(f"none of {len(draft.examples)} rows can be used, e.g. {': '.join(left_out[0])}")
-    content = hashlib.sha256()
+        raise safe.UserError(f"none of {many(len(draft.examples), 'row')} can be used, e.g. {': '.join(left_out[0])}")
+    content = hashlib.sha256(caption_keys.tobytes())
     for field in CONTENT:
-        content.update(rows[field][kept].tobytes())
+        content.update(rows[field].tobytes())
     manifest = dict(
-        model=asdict(draft.texts.model.pinned()),
-        vae=asdict(draft.vae.model.pinned()),
-        resolution=resolution,
-        scaling_factor=draft.vae.config["scaling_factor"],
-        sizes=draft.buckets,
-        moments_shapes=[posteriors.shape for posteriors in draft.posteriors],
-        text_shape=draft.texts.text_shape,
-        pooled_shape=draft.texts.pooled_shape,
+        draft.facts,
         unconditional=int(draft.captions.find(np.array([draft.unconditional], "S32"))[0]),
         rows=len(index),
         held_out=int(index["held_out"].sum()),
         skipped=left_out,
         content=content.hexdigest(),
     )
-    write_index(draft.folder, index, names, manifest)
+    write_index(draft.folder, index, captions, names, manifest)
     return left_out
 
 
 def places(draft):
-    """The index: the places of the rows' pictures and captions, -1 for what is not there, and what survey found."""
+    """-> (the index: where the rows' pictures are, -1 for what is not there, and what survey found; where all captions
+    are)"""
     rows = draft.rows
     index = np.zeros(len(rows), INDEX)
     for field in set(INDEX.names) & set(rows.dtype.names):
         index[field] = rows[field]
-    index["caption"] = draft.captions.find(rows["caption_key"])
     for i, posteriors in enumerate(draft.posteriors):
-        members = rows["size"] == i
+        members = rows["bucket"] == i
         index["picture"][members] = posteriors.find(rows["picture_key"][members])
         index["mirrored"][members] = posteriors.find(rows["mirrored_key"][members])
-    return index
+    return index, draft.captions.find(draft.caption_keys).astype("<i4")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from data import buckets
 from data.cache import INDEX, told_apart
 from data.common.ahead import ahead
 from data.common.safe import UserError
-from data.images import upright_size
+from data.common.words import many
+from data.images import DECODER, upright_size
 
 EXAMPLES_AHEAD = 32
 ROW = np.dtype(
@@ -17,23 +18,40 @@ ROW = np.dtype(
         ("index", "<i8"),  # of the example in its source
         ("picture_key", "S32"),
         ("mirrored_key", "S32"),  # the picture's own without --random_flip
-        ("caption_key", "S32"),
-        *((name, INDEX[name]) for name in INDEX.names if name not in ("picture", "mirrored", "caption")),
+        ("empty", "?"),  # whether it has a caption without a word
+        *((name, INDEX[name]) for name in INDEX.names if name not in ("picture", "mirrored")),
     ]
 )
 
 
 class Skipped:
-    """Why rows or pictures cannot be used. Without --skip_bad the first reason ends the command."""
+    """Why rows or pictures cannot be used: `reasons`, {row or picture: [the name that messages call it by, reason]}."""
 
     def __init__(self, allowed):
         self.allowed, self.reasons = allowed, {}
 
+    def note(self, which, name, error):
+        """`which` row or picture cannot be used because of `error`, a UserError."""
+        self.reasons[which] = [name, str(error).removeprefix(f"{name}: ")]
+
     def add(self, which, name, error):
-        """`which` row or picture, called `name` in messages, cannot be used because of `error`, a UserError."""
+        """The same; without --skip_bad it ends the command."""
+        self.note(which, name, error)
         if not self.allowed:
             raise error
-        self.reasons[which] = [name, str(error).removeprefix(f"{name}: ")]
+
+    def refuse_unless_allowed(self, count):
+        """Without --skip_bad, list all that was noted of `count` rows, and raise UserError."""
+        if self.allowed or not self.reasons:
+            return
+        problems = [f"{name}: {reason}" for name, reason in self.reasons.values()]
+        if len(problems) == 1:
+            raise UserError(problems[0])
+        print("\n".join(problems), flush=True)
+        raise UserError(
+            f"{len(problems):,} of {many(count, 'row')} cannot be used, listed above; repair or remove them, "
+            "or leave them out with --skip_bad"
+        )
 
 
 def key(*made_of):
@@ -49,8 +67,9 @@ def image_digest(data):
 def survey(examples, encoders, some_buckets, random_flip, validation_fraction, pool, skipped):
     """Look at every example without encoding it.
 
-    encoders: fingerprints of those that will encode text and pictures. Examples that cannot be used go to `skipped`.
-    -> (rows (N,) ROW, N names)
+    encoders: fingerprints of those that will encode text and pictures. Examples that cannot be used go to `skipped`,
+    all of them, before the first one ends the command.
+    -> (rows (N,) ROW, the keys (M,) S32 of all their captions, N names)
     """
     text_print, vae_print = encoders
 
@@ -62,24 +81,37 @@ def survey(examples, encoders, some_buckets, random_flip, validation_fraction, p
             bucket = buckets.nearest(size, some_buckets)
             ids, mirrored_ids = buckets.time_ids(size, some_buckets[bucket], example.name)
         except UserError as error:
-            return examples.name(index), error
-        image, words = hashlib.sha256(data).digest(), hashlib.sha256(example.caption.encode()).digest()
-        plain, mirrored = (
-            key("picture", vae_print, image, some_buckets[bucket], flip) for flip in (False, random_flip)
+            return examples.name(index), error, None
+        image, words = hashlib.sha256(data).digest(), hashlib.sha256("\0".join(example.captions).encode()).digest()
+        pictures = (
+            key("picture", vae_print, DECODER, image, some_buckets[bucket], flip) for flip in (False, random_flip)
         )
-        caption = key("caption", text_print, example.caption)
+        empty = not all(caption.strip() for caption in example.captions)
         held_out = int.from_bytes(image[:8], "big") < validation_fraction * 2**64  # by content alone
-        row = (index, plain, mirrored, caption, bucket, held_out, ids, mirrored_ids, image[:16], words[:16])
-        return example.name, row
+        captions = b"".join(key("caption", text_print, caption) for caption in example.captions)
+        count = len(example.captions)  # where the first of them stands is counted below
+        row = (index, *pictures, empty, bucket, 0, count, held_out, ids, mirrored_ids, image[:16], words[:16])
+        return example.name, row, captions
 
-    rows, names = np.empty(len(examples), ROW), []
-    for index, (name, row) in enumerate(ahead(pool, describe, range(len(examples)), EXAMPLES_AHEAD)):
+    rows, names, caption_keys = np.empty(len(examples), ROW), [], bytearray()
+    for index, (name, row, captions) in enumerate(ahead(pool, describe, range(len(examples)), EXAMPLES_AHEAD)):
         if isinstance(row, UserError):
-            skipped.add(index, name, row)
+            skipped.note(index, name, row)
         else:
             rows[len(names)] = row
             names.append(" ".join(name.split()))  # one line of names.txt
-    return rows[: len(names)], names
+            caption_keys += captions
+    skipped.refuse_unless_allowed(len(examples))
+    rows = rows[: len(names)]
+    rows["first_caption"] = first_captions(rows["captions"])
+    if validation_fraction and not rows["held_out"].any() and len(np.unique(rows["image_digest"])) > 1:
+        rows["held_out"] = rows["image_digest"] == np.sort(rows["image_digest"])[0]  # one picture at least
+    return rows, np.frombuffer(bytes(caption_keys), "S32"), names
+
+
+def first_captions(counts):
+    """Where each example's captions begin in a list of all, from how many each has."""
+    return np.cumsum(counts) - counts
 
 
 def missing(keys, rows):
@@ -89,31 +121,60 @@ def missing(keys, rows):
     return first[[place < 0 or not rows.good(place) for place in rows.find(keys[first])]]
 
 
-def changes(rows, names, pictures, captions, before, also):
+def changes(rows, names, pictures, captions, facts, before, unconditional):
     """What is to be encoded and why: ("3 of 1,221 rows", "2 captions changed, 1 image new; 1 row removed").
 
-    pictures: indices of rows and whether mirrored, two arrays. captions: indices of rows. before: (index, names) of the
-    cache as it is, or None. also: reasons besides those of the rows.
+    pictures: what is to be encoded, as indices of rows and whether mirrored, two arrays. captions: the row of each
+    caption that is. facts: what the manifest will say of the encoders. before: (index, names, manifest) of the cache as
+    it is, or None. unconditional: whether the unconditional embedding is to be encoded.
     """
-    old_index, old_names = before or (np.empty(0, INDEX), [])
-    names, old = list(told_apart(names)), {name: i for i, name in enumerate(told_apart(old_names))}
+    old_index, old_names, old_facts = before or (np.empty(0, INDEX), [], {})
+    names = list(told_apart(names))
+    old = {name: i for i, name in enumerate(told_apart(old_names))}
+    was = np.array([old.get(name, -1) for name in names], int)
 
     def reason(noun, i, mirrored=False):
-        was = old.get(names[i])
-        if was is None:
+        if was[i] < 0:
             return "new"
-        if old_index[f"{noun}_digest"][was] != rows[f"{noun}_digest"][i]:
+        there, here = old_index[was[i]], rows[i]
+        if there[f"{noun}_digest"] != here[f"{noun}_digest"]:
             return "changed"
-        if noun == "image" and (old_index["time_ids"][was] != rows["time_ids"][i]).any():
+        if noun == "image" and (there["time_ids"] != here["time_ids"]).any():
             return "at another resolution"
-        if mirrored and old_index["mirrored"][was] == old_index["picture"][was]:
+        if mirrored and there["mirrored"] == there["picture"]:
             return "mirrored"
-        return "for another encoder, or damaged"
+        if noun == "image" and old_facts["decoder"] != facts["decoder"]:
+            return "for another decoder"
+        encoder = "vae" if noun == "image" else "text_encoders"
+        same = old_facts["identity"][encoder] == facts["identity"][encoder]
+        return "damaged or lost" if same else "for another encoder"
 
     why = collections.Counter(("caption", reason("caption", i)) for i in captions)
     why += collections.Counter(("image", reason("image", i, mirrored)) for i, mirrored in zip(*pictures))
-    removed = len(old.keys() - set(names))
-    reasons = [f"{count:,} {noun}{'s' * (count > 1)} {because}" for (noun, because), count in why.items()] + also
-    gone = f"; {removed:,} row{'s' * (removed > 1)} removed" if removed else ""
-    touched = np.union1d(captions, pictures[0])
-    return f"{len(touched):,} of {len(rows):,} rows", (", ".join(reasons) or "nothing changed") + gone
+    groups = [[f"{many(count, noun)} {because}" for (noun, because), count in why.items()]]
+    if before and unconditional:
+        groups[0].append("the unconditional embedding")
+
+    touched = np.union1d(captions, pictures[0]).astype(int)
+    others = np.setdiff1d(np.arange(len(rows)), touched)
+    known = others[was[others] >= 0]
+    there, here = old_index[was[known]], rows[known]
+    differ = (there["image_digest"] != here["image_digest"]) | (there["caption_digest"] != here["caption_digest"])
+    differ |= (there["time_ids"] != here["time_ids"]).any(axis=1)
+    differ |= (there["mirrored"] == there["picture"]) != (here["mirrored_key"] == here["picture_key"])
+    sides = (old_index["held_out"][was[was >= 0]] != rows["held_out"][was >= 0]).sum()
+    without = len(others) - len(known)
+    for count, noun, because in (
+        (without, "row", "added, encoded already" if before else "without an index, encoded already"),
+        (differ.sum(), "row", "changed, encoded already"),
+        (sides, "row", "held out otherwise"),
+        (len(old.keys() - set(names)), "row", "removed"),
+    ):
+        if count:
+            groups.append([f"{many(count, noun)} {because}"])
+    if before and any(old_facts[name] != facts[name] for name in ("model", "vae")):
+        groups.append(["the model's or the VAE's name"])
+    if (np.diff(was[was >= 0]) < 0).any():
+        groups.append(["another order"])
+    why = "; ".join(", ".join(group) for group in groups if group)
+    return f"{len(touched):,} of {many(len(rows), 'row')}", why or "nothing changed"

@@ -22,6 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -301,7 +302,13 @@ def content(folder):
 def change_cache(run, index=lambda index: index, **values):
     """Write the cache again as precompute would, with index(the index) and with `values` in the manifest."""
     records, names = read_index(run / "cache")
-    write_index(run / "cache", index(records), names, read_manifest(run / "cache") | values)
+    captions = np.load(run / "cache" / "captions.npy")
+    write_index(run / "cache", index(records), captions, names, read_manifest(run / "cache") | values)
+
+
+def caption_rows(cache, index=None):
+    """The row of each example's first caption."""
+    return cache.caption_rows[(cache.index if index is None else index)["first_caption"]]
 
 
 def edit_captions(source, change):

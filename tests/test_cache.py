@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import change_cache, precompute
+from conftest import caption_rows, change_cache, precompute
 
 from data.cache import KEY, Cache, Rows, read_manifest
 from data.common.safe import MachineError, UserError
@@ -211,7 +211,7 @@ def test_a_flipped_byte_is_found_when_read(tmp_path):
     for at in range(30, 60):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         damaged = rows(tmp_path)
-        with pytest.raises(UserError, match=r"things.rows: row 1 is damaged; run precompute again"):
+        with pytest.raises(UserError, match=r"things.rows: row 1 is damaged; run python -m data.precompute again"):
             damaged[1]
         assert damaged[0] is not None and damaged[2] is not None
 
@@ -251,11 +251,11 @@ def test_a_batch_is_what_the_rows_say(run):
     """Each example has its own caption, picture and time ids, in the order that was asked for."""
     cache = Cache(run.folder / "cache")
     examples = [5, 0, 5]
-    batch = cache.batch(examples, np.zeros(3, bool), np.zeros(3, bool))
+    batch, places = cache.batch(examples, np.zeros(3, bool), np.zeros(3, bool)), caption_rows(cache)
     assert set(batch) == {"mean", "std", "text", "pooled", "time_ids"}
     for i, example in enumerate(examples):
         record = cache.index[example]
-        posterior, caption = cache.posteriors[record["size"]][record["picture"]], cache.captions[record["caption"]]
+        posterior, caption = cache.posteriors[record["bucket"]][record["picture"]], cache.captions[places[example]]
         assert np.array_equal(batch["mean"][i], posterior[0]) and np.array_equal(batch["std"][i], posterior[1])
         assert np.array_equal(np.concatenate([batch["text"][i].ravel(), batch["pooled"][i]]), caption)
         assert batch["time_ids"][i].tolist() == record["time_ids"].tolist()

@@ -39,6 +39,7 @@ from conftest import (
     TOKEN,
     TRAIN,
     Forked,
+    caption_rows,
     command,
     content,
     edit_captions,
@@ -254,7 +255,7 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
     began = time.monotonic()
     assert precomputer(tmp_path / "timed", pictures, log, "--random_flip").wait() == 0
     took, moments, stages = time.monotonic() - began, random.Random(1), collections.Counter()
-    written = ("captions.keys", "moments-64x64.keys", "index.npy")
+    written = ("captions.keys", "posteriors-64x64.keys", "index.npy")
     for index in range(12):
         killed = tmp_path / f"killed {index}"
         for share in (1, 0.7):  # the second has less to do
@@ -444,7 +445,7 @@ def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, 
     precompute(fresh, source)  # the lock died with its owner
 
 
-def lines_of_keys(run, name="moments-64x64"):
+def lines_of_keys(run, name="posteriors-64x64"):
     keys = run / "cache" / f"{name}.keys"
     return keys.stat().st_size // 36 if keys.exists() else 0
 
@@ -576,11 +577,11 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
     filler.unlink(missing_ok=True)
     if code:
         precompute(run, source)
-    assert sorted(Cache(run / "cache").index["caption"]) == list(range(count + 1, 2 * count + 1))
+    assert sorted(caption_rows(Cache(run / "cache"))) == list(range(count + 1, 2 * count + 1))
 
 
 SMALL_FILES = {  # (command, free pages) -> the file that does not fit; it waits in a buffer and fails when it is closed
-    ("data.precompute", 47): "moments-64x64.keys",
+    ("data.precompute", 47): "posteriors-64x64.keys",
     ("data.precompute", 48): "index.npy",
     ("data.precompute", 50): "manifest.json",
     ("train", 0): "rows.npz",
@@ -696,7 +697,7 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
     names = (
         "notes.txt .hidden .notes.unfinished .lock.txt "
         "lora-best.safetensors my.safetensors lora.safetensors.old metrics.jsonl.bak "
-        "cache/notes.txt cache/moments-999x999.rows cache/moments-999x999.keys "
+        "cache/notes.txt cache/posteriors-999x999.rows cache/posteriors-999x999.keys "
         "cache/index.npy.bak cache/old/manifest.json "
         "state/readme.txt state/000002.state.bak state/old/000001.state state/²³.state "
         "compare/notes.png compare/baseline_me.png compare/finetuned.png compare/grid_1.png compare/baseline_0.png.txt"
@@ -925,7 +926,7 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
     precompute(run, source)
     cache = Cache(run / "cache")
     assert [len(name.splitlines()) for name in cache.names(range(5))] == [1] * 5
-    assert len(set(cache.index["caption"])) == 5
+    assert len(set(caption_rows(cache))) == 5
     here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
     here("infer", "--output_dir", run, "--prompt", *ODD, "--num_inference_steps", 1)
     pairs = {f"{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(len(ODD))}
@@ -1190,7 +1191,7 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     assert "thread.png: " in refused(precomputer(tmp_path / "stopped", source, log), 2)  # the first that is bad
     process = precomputer(tmp_path / "run", source, log, "--skip_bad")
     assert process.wait() == 0, process.output
-    assert "1 captions are longer than CLIP reads" in process.output and "4 rows left out" in process.output
+    assert "longer than CLIP reads: 1 caption;" in process.output and "4 rows left out" in process.output
     cache = Cache(tmp_path / "run" / "cache")
     assert cache.names(range(len(cache))) == [name for name, (_, _, why) in rows.items() if not why]
     left_out = dict(cache.manifest["skipped"])
@@ -1309,7 +1310,7 @@ def test_one_flipped_bit_of_the_cache_stops_training_and_precompute_repairs_it(f
         blob[at] ^= 64
     path.write_bytes(blob)
     message = refused(trainer(fresh, log), 2)
-    assert re.search(r"captions\.rows: row \d+ is damaged; run precompute again, it repairs it", message)
+    assert re.search(r"captions\.rows: row \d+ is damaged; run python -m data.precompute again, it repairs it", message)
     assert not (fresh / "lora.safetensors").exists() and not states(fresh)
     precompute(fresh, run.pictures)
     here("train", "--output_dir", fresh, *TRAIN)

@@ -77,10 +77,10 @@ def test_each_picture_is_at_the_size_that_keeps_most_of_it(mixed):
     for name, record in zip(cache.names(range(MIXED)), cache.index):
         height, width = upright[name]
         kept = [h * w / (height * width * max(h / height, w / width) ** 2) for h, w in SHAPES]
-        assert kept[record["size"]] >= max(kept) - 1e-9, name
+        assert kept[record["bucket"]] >= max(kept) - 1e-9, name
         assert record["time_ids"][:2].tolist() == [height, width]
-        assert tuple(record["time_ids"][4:]) == SHAPES[record["size"]]
-        used.add(int(record["size"]))
+        assert tuple(record["time_ids"][4:]) == SHAPES[record["bucket"]]
+        used.add(int(record["bucket"]))
     assert used == {0, 1, 2} and len(cache) == MIXED == sum(map(len, cache.members))
 
 
@@ -92,7 +92,7 @@ def test_moments_and_crops_are_those_of_the_upright_picture_at_its_size(mixed):
     cache = Cache(run / "cache")
     vae = AutoencoderKL.from_pretrained(PIPELINE / "vae", dtype=torch.float32)
     for i, name in enumerate(cache.names(range(MIXED))):
-        shape = SHAPES[cache.index[i]["size"]]
+        shape = SHAPES[cache.index[i]["bucket"]]
         pixels, (top, left), new = resized_and_cropped(read_rgb((pictures / name).read_bytes(), name), shape)
         both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]])).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
@@ -109,10 +109,10 @@ def test_each_micro_batch_is_of_one_size_and_each_row_comes_once_an_epoch(mixed)
     seen, batches = {0: [], 1: [], 2: []}, Batches(cache, values, 1000)
     for step in range(60):
         of_step = [batches.rows(step, slot) for slot in range(2)]
-        (size,) = {int(cache.index[example]["size"]) for examples in of_step for example in examples}
+        (size,) = {int(cache.index[example]["bucket"]) for examples in of_step for example in examples}
         seen[size] += sum(of_step, [])
     for size, drawn in seen.items():
-        members = sorted(np.flatnonzero(cache.index["size"] == size))
+        members = sorted(np.flatnonzero(cache.index["bucket"] == size))
         epochs = [drawn[i : i + len(members)] for i in range(0, len(drawn) - len(members) + 1, len(members))]
         assert len(epochs) >= 3 and all(sorted(epoch) == members for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
@@ -137,7 +137,7 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
     words = (*TRAIN, "--gradient_accumulation_steps", 1, "--checkpointing_steps", 1)
     values = settings("train", train_batch_size=2, gradient_accumulation_steps=1)
     cache = Cache(mixed[2] / "cache")
-    assert len({int(cache.index[Batches(cache, values, 1000).rows(step, 0)[0]]["size"]) for step in range(3)}) > 1
+    assert len({int(cache.index[Batches(cache, values, 1000).rows(step, 0)[0]]["bucket"]) for step in range(3)}) > 1
     folders = [tmp_path / "once", tmp_path / "thrice"]
     for folder in folders:
         shutil.copytree(mixed[2] / "cache", folder / "cache")
@@ -160,7 +160,7 @@ def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_
     killed = tmp_path / "killed"
     argv = ("--output_dir", killed, "--train_data_dir", few, *PRECOMPUTE, *flags)
     process = Forked("data.precompute", argv, tmp_path / "log")
-    keys = killed / "cache" / "moments-128x64.keys"  # the second bucket's
+    keys = killed / "cache" / "posteriors-128x64.keys"  # the second bucket's
     when(lambda: keys.exists() and keys.stat().st_size >= 36 * 2, process)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (killed / "cache" / "manifest.json").exists()

@@ -8,7 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, PIPELINE, PRECOMPUTE, TRAIN, content, edit_captions, here, precompute, settings
+from conftest import (
+    PICTURES,
+    PIPELINE,
+    PRECOMPUTE,
+    TRAIN,
+    caption_rows,
+    content,
+    edit_captions,
+    here,
+    precompute,
+    settings,
+)
 from PIL import Image
 
 from data.cache import Cache
@@ -72,21 +83,21 @@ CHANGES = {  # what is done to (source, run) -> (rows to encode, of how many, wh
         "1 caption changed, 1 image changed",
     ),
     "row added": (lambda s, r: add(s), 1, ALL + 1, "1 caption new, 1 image new"),
-    "row removed": (lambda s, r: edit_captions(s, lambda rows: rows[1:]), 0, ALL - 1, "nothing changed; 1 row removed"),
+    "row removed": (lambda s, r: edit_captions(s, lambda rows: rows[1:]), 0, ALL - 1, "1 row removed"),
     "resolution": (lambda s, r: ("--resolution", 128), ALL, ALL, f"{ALL} images at another resolution"),
     "flip": (lambda s, r: ("--random_flip",), ALL, ALL, f"{ALL} images mirrored"),
-    "vae": (lambda s, r: another_vae(s), ALL, ALL, f"{ALL} images for another encoder, or damaged"),
+    "vae": (lambda s, r: another_vae(s), ALL, ALL, f"{ALL} images for another encoder; the model's or the VAE's name"),
     "damaged image": (
-        lambda s, r: flip_byte(r / "cache" / "moments-64x64.rows", 2000),
+        lambda s, r: flip_byte(r / "cache" / "posteriors-64x64.rows", 2000),
         1,
         ALL,
-        "1 image for another encoder, or damaged",
+        "1 image damaged or lost",
     ),
     "damaged caption": (
         lambda s, r: flip_byte(r / "cache" / "captions.rows", -1),
         1,
         ALL,
-        "1 caption for another encoder, or damaged",
+        "1 caption damaged or lost",
     ),
 }
 
@@ -100,7 +111,9 @@ def test_explain_says_what_the_next_run_does_and_does_nothing(change, cached, so
     before = everything(tmp_path)
     precompute(run, source, *flags, "--explain")
     said = capsys.readouterr().out
-    assert said.startswith(f"{touched} of {count} rows to encode: {why}; ") and said.count("\n") == 1
+    overview, to_encode = said.splitlines()[-2:]
+    assert overview.startswith(f"{count} rows: {count} at ") and "; none held out" in overview
+    assert to_encode.startswith(f"{touched} of {count} rows to encode: {why}; ")
     assert everything(tmp_path) == before and done == dict(captions=[], pictures=[])
 
     precompute(run, source, *flags)
@@ -112,7 +125,7 @@ def test_explain_says_what_the_next_run_does_and_does_nothing(change, cached, so
 
     after = content(run)
     precompute(run, source, *flags)
-    assert capsys.readouterr().out.startswith(f"0 of {count} rows to encode: nothing changed; 0 MiB")
+    assert f"\n0 of {count} rows to encode: nothing changed; 0 MiB" in capsys.readouterr().out
     assert content(run) == after
 
 
@@ -137,10 +150,10 @@ def test_rows_of_one_name_in_several_folders_are_told_apart(pictures, tmp_path, 
     shutil.move(tmp_path / "c", source / "c")
     capsys.readouterr()
     precompute(tmp_path / "run", source, "--explain")
-    assert capsys.readouterr().out.startswith("1 of 3 rows to encode: 1 caption new, 1 image new; ")
+    assert "\n1 of 3 rows to encode: 1 caption new, 1 image new; " in capsys.readouterr().out
     shutil.rmtree(source / "a"), shutil.rmtree(source / "c")
     precompute(tmp_path / "run", source, "--explain")
-    assert capsys.readouterr().out.startswith("0 of 1 rows to encode: nothing changed; 1 row removed; ")
+    assert "\n0 of 1 row to encode: 1 row removed; " in capsys.readouterr().out
 
 
 def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, done):
@@ -152,15 +165,16 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, do
     precompute(tmp_path / "run", source, "--random_flip")
     assert done["captions"] == ["one", "two", "three"]
     assert len(done["pictures"]) == 2 * (PICTURES - 2) == len({p.tobytes() for p in done["pictures"]})
-    index = Cache(tmp_path / "run" / "cache").index
+    cache = Cache(tmp_path / "run" / "cache")
+    index, captions = cache.index, caption_rows(cache)
     for i in range(PICTURES):
-        assert index[i]["caption"] == index[i % 3]["caption"]
+        assert captions[i] == captions[i % 3]
         assert (
             (index[i]["picture"] == index[0]["picture"])
             == (i in (0, 5, 6))
             == (index[i]["mirrored"] == index[0]["mirrored"])
         )
-    assert len(set(index["caption"])) == 3 and len(set(index["picture"])) == PICTURES - 2
+    assert len(set(captions)) == 3 and len(set(index["picture"])) == PICTURES - 2
 
 
 # ---- Held out
@@ -180,7 +194,7 @@ def held_out(folder, fraction):
     """-> {name of a picture: whether it is held out}, without encoding"""
     examples = open_examples(settings("data.precompute", train_data_dir=str(folder)))
     with ThreadPoolExecutor(2) as pool:
-        rows, names = survey(examples, ("texts", "vae"), [(64, 64)], False, fraction, pool, Skipped(allowed=False))
+        rows, _, names = survey(examples, ("texts", "vae"), [(64, 64)], False, fraction, pool, Skipped(allowed=False))
     return dict(zip(names, rows["held_out"].tolist()))
 
 

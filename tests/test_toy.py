@@ -208,7 +208,7 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DConditionModel
 
-    from data.cache import INDEX, write_index
+    from data.cache import INDEX, Rows, write_index
     from data.models.files import Model, load
     from data.toy.score import held_out_scenes, score
     from lora.files import export
@@ -220,7 +220,9 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     scaling_factor = Model(str(PIPELINE)).component("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()
     facts = {"model": model, "vae": model, "scaling_factor": scaling_factor}
-    write_index(tmp_path / "cache", np.zeros(0, INDEX), [], facts)
+    facts |= {"buckets": [], "posterior_shapes": [], "text_shape": [1], "pooled_shape": [1], "unconditional": 0}
+    Rows(tmp_path / "cache", "captions", (2,)).write(1, [([b"none"], np.zeros((1, 2)))])
+    write_index(tmp_path / "cache", np.zeros(0, INDEX), np.zeros(0, "<i4"), [], facts)
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
     for i, prompt in enumerate(PROMPTS):

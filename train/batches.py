@@ -38,7 +38,8 @@ class Batches:
         stream = partial(sampler.generator, settings.seed, step=step, slot=slot)
         mirrored = torch.rand(B, generator=stream("flip")) < 0.5
         empty = torch.rand(B, generator=stream("dropout")) < settings.proportion_empty_prompts
-        arrays = self.cache.batch(self.rows(step, slot), mirrored.numpy(), empty.numpy())
+        which = torch.rand(B, generator=stream("caption"))  # of an example's captions
+        arrays = self.cache.batch(self.rows(step, slot), mirrored.numpy(), empty.numpy(), which.numpy())
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         mean, std = batch.pop("mean").float(), batch.pop("std").float()
         noise = torch.randn(mean.shape, generator=stream("posterior"))
@@ -61,7 +62,7 @@ class Batches:
         """A micro-batch of random numbers in every shape that will be drawn, the largest shape first."""
         batch = self.draw(0, 0)
         shapes = [
-            shape[1:] for shape, rows in zip(self.cache.manifest["moments_shapes"], self.cache.members) if len(rows)
+            shape[1:] for shape, rows in zip(self.cache.manifest["posterior_shapes"], self.cache.members) if len(rows)
         ]
         shapes.sort(key=math.prod, reverse=True)
         B = self.settings.train_batch_size

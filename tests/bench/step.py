@@ -57,13 +57,14 @@ def make_cache(folder, pipeline, buckets):
         numbers = np.abs(rng.standard_normal((rows, *shape))).astype(np.float16)
         Rows(folder, name, shape).write(rows, [([f"{name} {i}".encode() for i in range(rows)], numbers)])
     index = np.zeros((len(buckets), rows), INDEX)
-    index["size"] = np.arange(len(buckets))[:, None]
-    index["picture"] = index["mirrored"] = index["caption"] = range(rows)
+    index["bucket"] = np.arange(len(buckets))[:, None]
+    index["picture"] = index["mirrored"] = index["first_caption"] = range(rows)
+    index["captions"] = 1
     index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*bucket, 0, 0, *bucket)] for bucket in buckets])
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, buckets)))
-    facts |= dict(sizes=buckets, moments_shapes=shapes, text_shape=text, pooled_shape=pooled)
+    facts |= dict(buckets=buckets, posterior_shapes=shapes, text_shape=text, pooled_shape=pooled)
     facts |= dict(scaling_factor=0.13, unconditional=0)
-    write_index(folder, index.ravel(), [str(i) for i in range(index.size)], facts)
+    write_index(folder, index.ravel(), np.arange(rows, dtype="<i4"), [str(i) for i in range(index.size)], facts)
 
 
 def ours(work, cuda, batch, *flags):

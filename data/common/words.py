@@ -1,0 +1,11 @@
+"""How messages count things and cut texts."""
+
+
+def many(count, noun):
+    """ "1 row", "1,221 rows" """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shortened(text, length=80):
+    """The text in quotes on one line; one that is longer than `length` is cut, which "…" says."""
+    return repr(text if len(text) <= length else f"{text[: length - 1]}…")
