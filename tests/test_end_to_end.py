@@ -32,6 +32,7 @@ WANTED = {
     *("run.json", "rows.npz"),
     "cache/manifest.json",
     "cache/index.npy",
+    "cache/captions.npy",
     "cache/names.txt",
     "cache/captions.rows",
     "cache/captions.keys",

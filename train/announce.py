@@ -1,5 +1,6 @@
 """What a training says before its first step and after its last one."""
 
+from data.common.words import many
 from train.state import bytes_to_save
 
 
@@ -9,19 +10,19 @@ def before(run):
     slots, batch, steps = settings.gradient_accumulation_steps, settings.train_batch_size, settings.max_train_steps
     epochs = steps * slots * batch / pictures
     print(
-        f"{counted(pictures, 'picture')}, {int(run.cache.index['held_out'].sum()) or 'none'} held out; "
-        f"batch {batch} × {slots} = {slots * batch} a step; {counted(steps, 'step')} = {epochs:,.1f} epochs"
+        f"{many(pictures, 'picture')}, {int(run.cache.index['held_out'].sum()) or 'none'} held out; "
+        f"batch {batch} × {slots} = {slots * batch} a step; {many(steps, 'step')} = {epochs:,.1f} epochs"
     )
     trained = sum(parameter.numel() for parameter in run.adapters.parameters)
     recomputed = run.memory_plan["recomputed"]
-    blocks = "every block" if recomputed is None else counted(len(recomputed), "block") if recomputed else "nothing"
+    blocks = "every block" if recomputed is None else many(len(recomputed), "block") if recomputed else "nothing"
     print(
         f"rank {settings.rank} on {len(run.adapters.projections())} projections, {trained / 1e6:,.2f} million weights; "
         f"--mixed_precision {settings.mixed_precision}; {blocks} recomputed"
     )
     state, export, exports = bytes_to_save(settings, run.adapters.vector.numel(), run.start)
     print(
-        f"a save after every {counted(settings.checkpointing_steps, 'step')}: 2 states of {mib(state)} and "
+        f"a save after every {many(settings.checkpointing_steps, 'step')}: 2 states of {mib(state)} and "
         f"{exports} × {mib(export)} of weights; from step {run.start}",
         flush=True,
     )
@@ -32,11 +33,6 @@ def after(run, seconds):
     took = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
     folder = run.folder
     print(f'{folder / "lora.safetensors"} after {took}; next: python -m infer --output_dir {folder} --prompt "…"')
-
-
-def counted(number, noun):
-    """1 picture, 2 pictures"""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def mib(size):
