@@ -149,10 +149,10 @@ def one_line_error(output):
 class Forked:
     """One of the commands in a real process that real signals can hit, forked from this one: no seconds of imports.
 
-    name: "data.precompute", "train" or "infer"; what it prints goes to `log`.
+    name: "data.precompute", "train" or "infer"; what it prints goes to `log`. before(): done in the process first.
     """
 
-    def __init__(self, name, argv, log):
+    def __init__(self, name, argv, log, before=lambda: None):
         self.log = Path(log)
         self.pid = os.fork()
         if self.pid:
@@ -161,6 +161,7 @@ class Forked:
             out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
             sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1, errors="backslashreplace")
+            before()
             safe.run(main_of(name), [str(word) for word in argv])
             code = 0
         except SystemExit as left:
@@ -201,7 +202,7 @@ def main_of(name):
 
 def here(name, *argv):
     """Run one of the commands in this process. What it refuses is raised; signal handlers are put back afterwards."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         main_of(name)([str(word) for word in argv])
     finally:

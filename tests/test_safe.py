@@ -1,8 +1,6 @@
-"""Files that are never half written, one run per folder, errors in one line, signals."""
+"""One run per folder, errors in one line, signals."""
 
 import errno
-import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data.common import door, safe
+from data.common import safe
 
 
 def python(code, *argv, **popen):
@@ -31,58 +29,6 @@ def wait_for(process, word):
     assert process.stdout.readline().strip() == word
 
 
-# ---- atomic_write
-
-
-def test_the_file_appears_whole_and_readable(tmp_path):
-    path = tmp_path / "new" / "file"
-    with safe.atomic_write(path) as file:
-        file.write(b"whole")
-        assert not path.exists()
-    assert path.read_bytes() == b"whole" and os.listdir(path.parent) == ["file"]
-    assert path.stat().st_mode & 0o777 == 0o644  # a temporary file's own 0600 would lock colleagues out
-
-
-def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError):
-        with safe.atomic_write(path) as file:
-            file.write(b"half")
-            1 / 0
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(tmp_path):
-    """At SDXL's size each would be half a gigabyte, under a name that nobody sees."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    (tmp_path / ".file2.other").write_bytes(b"not ours")
-    code = (
-        "import sys, time; from data.common.safe import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as f:\n"
-        "    f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
-    )
-    process = python(code, path)
-    wait_for(process, "half")
-    process.kill()
-    finish(process)
-    assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 3
-    with door.hold(tmp_path, "--output_dir"):
-        assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == [".file2.other", ".lock", "file"]
-
-
-def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
-    """If the file were renamed first, a power cut would leave an empty one under the final name."""
-    done = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (done.append(name), real(*a))[1])
-    with safe.atomic_write(tmp_path / "file") as file:
-        file.write(b"x")
-    assert done == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
-
-
 # ---- errors and exit codes
 
 
@@ -96,31 +42,45 @@ def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
         (safe.Stopped(signal.SIGINT, "stopped"), 130),
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device"), 3),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 3),
-        (OSError(errno.EFBIG, "File too large"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2),
     ],
 )
-def test_every_outcome_has_its_exit_code_and_one_line(error, code, capsys):
+def test_every_outcome_has_its_exit_code_and_one_line(error, code, capfd):
     def main(argv):
         raise error
 
     with pytest.raises(SystemExit) as left:
         safe.run(main, [])
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert left.value.code == code
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_a_bug_keeps_its_traceback():
-    """A file that is not there is no full disk. Behind a line about disks nobody would find the bug."""
-    with pytest.raises(FileNotFoundError):
-        safe.run(lambda argv: open("/nowhere/at/all"), [])
+@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(errno.EINVAL, "Invalid argument"), ChildProcessError()])
+def test_a_bug_keeps_its_traceback(error):
+    """Behind a line about disks nobody would find the bug."""
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        safe.run(main, [])
 
 
-def test_a_full_disk_is_named_with_what_is_needed_and_free(tmp_path):
-    with pytest.raises(safe.MachineError, match=r"the cache needs 1000000000 MiB in .* MiB are free"):
-        safe.need_space(tmp_path, 10**6 * 1000 * 2**20, "the cache")
-    safe.need_space(tmp_path, 1, "the cache")
+def test_a_message_is_one_line_of_readable_length(capfd):
+    """A row whose caption is a file of megabytes, with all that a terminal obeys."""
+
+    def main(argv):
+        raise safe.UserError("row 3: its caption '" + "word \x1b[2J\n" * 10**6 + "' is no caption; write another")
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        safe.run(main, [])
+    line = capfd.readouterr().err
+    assert (
+        line.startswith("error: row 3: its caption 'word") and line.endswith("write another\n") and "\x1b" not in line
+    )
+    assert line.count("\n") == 1 and len(line) < 1000 and time.monotonic() - began < 1
 
 
 # ---- signals
@@ -138,13 +98,14 @@ print('saved', int(stop.received))
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_signal_lets_the_work_finish(signum):
     process = python(LOOP.format(0))
     wait_for(process, "ready")
     process.send_signal(signum)
     code, out, err = finish(process)
-    assert code == 0 and f"saved {int(signum)}" in out
+    counts_as = signal.SIGTERM if signum == signal.SIGHUP else signum
+    assert code == 0 and f"saved {int(counts_as)}" in out
     assert signum.name in err  # the user hears that it was understood
 
 
@@ -161,6 +122,45 @@ def test_a_second_signal_ends_at_once(first, second):
     began = time.monotonic()
     code, out, _ = finish(process)
     assert code == -second and "saved" not in out and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "signals, code",
+    [
+        ([signal.SIGHUP, signal.SIGHUP], 0),  # a terminal that closes: from its shell and from the kernel
+        ([signal.SIGHUP, signal.SIGTERM], 0),
+        ([signal.SIGTERM, signal.SIGHUP], 0),  # systemd's way to end a session
+        ([signal.SIGHUP, signal.SIGTERM, signal.SIGTERM], -signal.SIGTERM),
+    ],
+)
+def test_a_terminal_that_closes_is_no_second_signal(signals, code):
+    process = python(LOOP.format(1))
+    wait_for(process, "ready")
+    for signum in signals:
+        process.send_signal(signum)
+        time.sleep(0.1)
+    found, out, _ = finish(process)
+    assert found == code and ("saved 15" in out) == (code == 0)
+
+
+def test_who_was_started_by_nohup_does_not_hear_the_terminal_close():
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + LOOP.format(0)
+    process = python(code)
+    wait_for(process, "ready")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert f"saved {int(signal.SIGINT)}" in finish(process)[1]
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGHUP, 143), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_there_is_something_to_save(signum, code):
+    main = "lambda argv: (print('ready', flush=True), time.sleep(60))"
+    process = python(f"import time; from data.common import safe; safe.run({main}, [])")
+    wait_for(process, "ready")
+    process.send_signal(signum)
+    assert finish(process) == (code, "", "error: interrupted; run the same command to go on\n")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -186,11 +186,6 @@ safe.run(main, [])
     assert (code, out) == (0, "saved\n") and f"{signum.name}: finishing this step" in err, err.replace("x", "")
 
 
-def test_sha256_of_a_file(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc" * 100_000)
-    assert safe.sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
-
-
 def test_it_needs_nothing_but_the_standard_library():
     """A mistyped flag must be answered before the seconds that torch takes."""
     code = (
@@ -202,7 +197,7 @@ def test_it_needs_nothing_but_the_standard_library():
     assert Path(safe.__file__).parent == ROOT / "data" / "common"
 
 
-def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
+def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capfd):
     """torch's error is told by its name, so torch is not imported for it. A bug's RuntimeError keeps its traceback."""
 
     def full(_):
@@ -210,7 +205,7 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
 
     with pytest.raises(SystemExit) as stop:
         safe.run(full, [])
-    printed = capsys.readouterr().err
+    printed = capfd.readouterr().err
     assert stop.value.code == 3 and "--vram_gib" in printed and printed.count("\n") == 1
 
     memory = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
@@ -226,7 +221,7 @@ def test_a_gpu_out_of_memory_exits_3_with_the_knobs(capsys):
 
         with pytest.raises(SystemExit) as stop:
             safe.run(fails, [])
-        printed = capsys.readouterr().err
+        printed = capfd.readouterr().err
         assert stop.value.code == 3 and f"the {what} is out of memory" in printed and printed.count("\n") == 1
 
     def broken(_):
