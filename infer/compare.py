@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import check
 from data.cache import cache_folder, read_manifest
-from data.common.safe import atomic_write
+from data.common.safe import UserError, atomic_write, one_line
 from data.encoders import TextEncoders
 from data.models.files import Model, load
 from infer.grid import grid
@@ -25,10 +25,13 @@ def compare(settings, run):
     """
     model, vae_model, resolution = models(settings, run)
     weights = files.read(settings.lora_path or run / "lora.safetensors")
+    check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
     encoders = TextEncoders(model, precision).load(device)
+    for prompt in filter(encoders.truncated, [*settings.prompt, settings.negative_prompt or ""]):
+        print(f"warning: longer than CLIP reads; what follows 75 tokens is not seen: {one_line(prompt, 60)}")
     embeddings = encode(encoders, model, settings.prompt, settings.negative_prompt)
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
@@ -93,6 +96,13 @@ def models(settings, run):
     if settings.pretrained_vae_model_name_or_path:
         vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16")
     return model, vae, resolution
+
+
+def check_steps(model, steps):
+    """Raise UserError when the sampler is asked for more steps than the noise schedule has: some would do nothing."""
+    most = model.component("scheduler").config("scheduler_config.json").get("num_train_timesteps", 1000)
+    if steps > most:
+        raise UserError(f"--num_inference_steps {steps}: the schedule of {model.name} has {most} steps")
 
 
 def encode(encoders, model, prompts, negative_prompt):

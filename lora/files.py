@@ -16,7 +16,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from data.common.safe import NumbersError, UserError, atomic_write
+from data.common.disk import atomic_write
+from data.common.safe import NumbersError, UserError
 from lora.inject import inject, targets
 
 _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
@@ -100,7 +101,7 @@ def read(path):
         metadata = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
     return Weights(Path(path), tensors, metadata, hashlib.sha256(blob).hexdigest())
 

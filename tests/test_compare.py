@@ -11,6 +11,7 @@ from conftest import PIPELINE, PROMPTS, here, settings
 from PIL import Image, ImageFont
 
 from data.common.safe import NumbersError, UserError
+from data.models.files import Component
 from infer.compare import difference, encode, models
 from infer.grid import CELL, _wrap, grid
 from infer.sample import noise, sample
@@ -229,3 +230,20 @@ def test_a_report_never_tells_of_other_pictures_or_weights(run, tmp_path, monkey
     monkeypatch.setattr("infer.compare.sample", sampled)
     here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
     assert json.loads((folder / "compare" / "report.json").read_text())["lora"]["sha256"] == sha
+
+
+def test_more_steps_than_the_schedule_has_are_refused(run, trained, monkeypatch):
+    """Some of them would do nothing. It is said before anything is loaded."""
+    monkeypatch.setattr("infer.compare.TextEncoders", None)
+    config = Component.config
+    short = lambda self, name="config.json": config(self, name) | dict(num_train_timesteps=20)
+    monkeypatch.setattr(Component, "config", short)
+    with pytest.raises(UserError, match=r"--num_inference_steps 21: the schedule of .* has 20 steps"):
+        compare(trained, "x", num_inference_steps=21)
+
+
+def test_a_prompt_longer_than_clip_reads_is_said(trained, capsys):
+    """What is cut off is not drawn; without a word one would look for it in the LoRA."""
+    compare(trained, "a red ball, " * 1000, "a red ball", num_inference_steps=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "longer than CLIP reads" in line]
+    assert len(said) == 1 and "75 tokens" in said[0] and len(said[0]) < 200

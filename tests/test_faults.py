@@ -6,13 +6,16 @@ source file try what a single function can show.
 
 import collections
 import contextlib
+import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import http.server
 import io
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -21,6 +24,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import zlib
@@ -40,6 +44,7 @@ from conftest import (
     TRAIN,
     Forked,
     caption_rows,
+    change_cache,
     command,
     content,
     edit_captions,
@@ -56,7 +61,7 @@ from safetensors.torch import load, load_file, save_file
 
 import infer.compare  # this and train.loop before the processes are forked, or each would import them again
 import train.loop  # noqa: F401
-from data.cache import Cache
+from data.cache import Cache, read_manifest
 from data.common.safe import UserError
 from data.encoders import VAE, TextEncoders
 from train.batches import Batches
@@ -795,6 +800,207 @@ def test_training_reads_a_cache_on_a_disk_that_cannot_be_written(fresh, run, dis
     process = trainer(fresh, log)
     assert process.wait() == 0, process.output
     same_run(fresh, run.folder)
+
+
+# ---- Readers that leave
+
+
+def onto(kind):
+    """-> (what a command prints to, what its process does first, how the reader leaves)"""
+    if kind == "full log":
+        return "/dev/full", lambda: None, lambda: None
+    if kind == "closed at the start":
+        return os.devnull, lambda: [os.close(descriptor) for descriptor in (0, 1, 2)], lambda: None
+    reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+
+    def alone():
+        os.close(reader)
+        if kind == "terminal":  # its own one, so that it hears when it closes
+            os.setsid()
+            fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
+    def leave():
+        os.close(reader)
+
+    # what is written until then fits into a pipe
+    return (f"/proc/self/fd/{writer}" if kind == "pipe" else os.ttyname(writer)), alone, leave
+
+
+LEAVES = [
+    ("full log", None, 0),
+    ("closed at the start", None, 0),
+    ("pipe", None, 0),
+    ("pipe", signal.SIGINT, 130),  # | tee log, where Ctrl-C ends tee first
+    ("terminal", None, 143),
+]
+
+
+@pytest.mark.parametrize("kind, signum, code", LEAVES)
+def test_no_step_is_lost_because_nobody_reads_the_bar(kind, signum, code, fresh, run):
+    """And none of what is printed lands in a file of the run."""
+    log, before, leave = onto(kind)
+    process = Forked("train", ("--output_dir", fresh, *TRAIN, "--checkpointing_steps", 100), log, before)
+    when(lambda: lines(fresh / "metrics.jsonl") >= 1, process)
+    leave()
+    if signum:
+        process.send(signum)
+    assert process.wait() == code
+    done = lines(fresh / "metrics.jsonl")
+    assert states(fresh) == [f"{done:06d}.state"] and (done == STEPS) == (code == 0)
+    here("train", "--output_dir", fresh, *TRAIN)
+    same_run(fresh, run.folder)
+
+
+@pytest.mark.parametrize("kind", ["full log", pytest.param("closed at the start", marks=pytest.mark.slow)])
+def test_precompute_and_infer_need_no_reader_either(kind, run, cached, pictures, tmp_path):
+    log, before, _ = onto(kind)
+    words = ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *PRECOMPUTE)
+    assert Forked("data.precompute", words, log, before).wait() == 0
+    assert content(tmp_path / "run") == content(cached)
+    folder = copy(run, tmp_path)
+    words = ("--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2)
+    shutil.rmtree(folder / "compare")
+    assert Forked("infer", words, log, before).wait() == 0
+    pictures_of = lambda run: {path.name: path.read_bytes() for path in (run / "compare").glob("*.png")}
+    assert pictures_of(folder) == pictures_of(run.folder)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_while_precompute_encodes(pictures, cached, tmp_path, small_batches, monkeypatch):
+    real = VAE._start
+    monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
+    log, before, leave = onto("terminal")
+    words = ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *PRECOMPUTE)
+    process = Forked("data.precompute", words, log, before)
+    when(lambda: lines_of_keys(tmp_path / "run") >= 2, process)
+    leave()
+    assert process.wait() == 143 and 2 <= lines_of_keys(tmp_path / "run") < PICTURES
+    monkeypatch.setattr(VAE, "_start", real)
+    precompute(tmp_path / "run", pictures)
+    assert Cache(tmp_path / "run" / "cache").manifest["content"] == Cache(cached / "cache").manifest["content"]
+
+
+# ---- Rights
+
+
+def as_no_root():
+    """Give up what lets root read and write everything, as far as the process has it; what is left is the modes."""
+    version_3, all_of_them = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    if ctypes.CDLL(None).capset(version_3, all_of_them):
+        raise OSError("the rights of root could not be given up")
+
+
+NOT_READABLE = {
+    "data.precompute": (
+        *("source", "source/metadata.jsonl", "source/003.png"),
+        *("model", "model/model_index.json", "model/tokenizer/tokenizer.json", "model/text_encoder/config.json"),
+        *("model/text_encoder_2/model.safetensors", "model/vae", "model/vae/diffusion_pytorch_model.safetensors"),
+        *("run/cache", "run/cache/manifest.json", "run/cache/captions.keys", "run/cache/captions.rows", "run"),
+    ),
+    "train": (
+        *("run/cache", "run/cache/manifest.json", "run/cache/index.npy", "run/cache/captions.rows"),
+        *("run/cache/moments-64x64.keys", "run/state", "run/state/000006.state", "run/metrics.jsonl"),
+        *("model/unet/config.json", "model/unet/diffusion_pytorch_model.safetensors"),
+        *("model/scheduler/scheduler_config.json", "run"),
+    ),
+    "infer": (
+        *("run/lora.safetensors", "run/cache/manifest.json", "model/scheduler", "model/tokenizer_2", "run/compare"),
+        *("model/vae/config.json", "model/unet/diffusion_pytorch_model.safetensors"),
+    ),
+}
+NOT_WRITABLE = {
+    "data.precompute": ("run/cache", "run/cache/captions.keys"),
+    "train": ("run", "run/state", "run/metrics.jsonl"),
+    "infer": ("run/compare",),
+}
+
+
+@pytest.fixture
+def theirs(run, pictures, tmp_path):
+    """A folder with everything that a command reads and writes: source/, model/, run/."""
+    shutil.copytree(pictures, tmp_path / "source")
+    shutil.copytree(PIPELINE, tmp_path / "model")
+    shutil.copytree(run.folder, tmp_path / "run")
+    model = read_manifest(run.folder / "cache")["model"] | dict(name=str(tmp_path / "model"))
+    change_cache(tmp_path / "run", model=model, vae=model)
+    yield tmp_path
+    subprocess.run(["chmod", "-R", "u+rwX", tmp_path], check=True)
+
+
+def begin_without_root(name, folder, log):
+    model = ("--pretrained_model_name_or_path", folder / "model", *PRECOMPUTE[2:])
+    words = {
+        "data.precompute": ("--train_data_dir", folder / "source", *model),
+        "train": (*TRAIN, "--max_train_steps", STEPS + 1),
+        "infer": ("--prompt", "x", "--num_inference_steps", 1),
+    }
+    return Forked(name, ("--output_dir", folder / "run", *words[name]), log, as_no_root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_READABLE)
+def test_what_may_not_be_read_is_one_line_for_a_user_who_is_not_root(name, theirs, log):
+    for path in (theirs / part for part in NOT_READABLE[name]):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        message = refused(begin_without_root(name, theirs, log), 2)
+        path.chmod(mode)
+        assert str(path) in message or path.name in message, message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_WRITABLE)
+def test_what_may_not_be_written_is_one_line_for_a_user_who_is_not_root(name, theirs, log):
+    edit_captions(theirs / "source", lambda rows: [row | dict(text=f"new {i}") for i, row in enumerate(rows)])
+    for path in (theirs / part for part in NOT_WRITABLE[name]):
+        mode = path.stat().st_mode
+        path.chmod(0o555 if path.is_dir() else 0o444)
+        message = refused(begin_without_root(name, theirs, log), 2)
+        path.chmod(mode)
+        assert str(path) in message, message
+
+
+def test_one_file_that_may_not_be_read_and_one_folder_where_a_file_should_be(theirs, log):
+    """Of the slow tests above one for each kind; with the rights of root it is read."""
+    keys = theirs / "run" / "cache" / "captions.keys"
+    keys.chmod(0)
+    message = refused(begin_without_root("train", theirs, log), 2)
+    assert message == f"error: {keys}: Permission denied; change its owner or mode, or use another"
+    keys.unlink(), keys.mkdir()
+    message = refused(begin_without_root("train", theirs, log), 2)
+    assert message.startswith(f"error: {keys}: ")
+
+
+# ---- Disks that fail
+
+
+@pytest.mark.slow
+def test_a_disk_that_turns_read_only_is_one_line_and_the_last_state_stays(fresh, run, tmp_path, log):
+    """As ext4 does after an error of the disk below it; after a repair the same command goes on to the same bytes."""
+    image, path = tmp_path / "image", tmp_path / "disk"
+    path.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(64 * 2**20)
+    mount = ["mount", "-o", "loop", image, path]
+    for words in (["mkfs.ext4", "-q", "-F", image], mount):
+        if not shutil.which(words[0]) or os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no file system can be made and mounted here")
+    try:
+        shutil.copytree(fresh / "cache", path / "run" / "cache")
+        os.sync()
+        process = trainer(path / "run", log, "--checkpointing_steps", 1)
+        when(lambda: len(states(path / "run")) > 1, process)
+        subprocess.run(["mount", "-o", "remount,abort", path], check=True, capture_output=True)
+        message = refused(process, 3)
+        assert str(path / "run") in message and "run the same command" in message, message
+        subprocess.run(["umount", path], check=True)
+        subprocess.run(["fsck.ext4", "-p", image], capture_output=True)
+        subprocess.run(mount, check=True)
+        assert_whole(path / "run")
+        assert trainer(path / "run", log).wait() == 0, log.read_text()
+        assert torch.equal(vector(path / "run", STEPS), vector(run.folder, STEPS))
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 # ---- Secrets

@@ -160,3 +160,69 @@ def test_a_name_longer_than_a_disk_takes_is_one_line(name, pictures, tmp_path):
     words = [*NEEDED["data.precompute"], "--output_dir", tmp_path / "run", f"--{name}", "x" * 300]
     words += ["--train_data_dir", pictures] if name == "pretrained_model_name_or_path" else []
     assert "xxx" in one_line_error(run_command("data.precompute", *words, code=2))
+
+
+# ---- What people type
+
+
+@pytest.mark.parametrize("word", ["—rank", "–rank", "−−rank", "–-rank", "―rank=8", "—max-train-steps"])
+def test_a_typographic_dash_is_named(word):
+    """From a chat, a web page or an editor. Elsewhere it would be one more prompt, drawn for minutes."""
+    right = "max_train_steps" if "max" in word else "rank"
+    with pytest.raises(UserError, match=rf"^{word}: begins with a typographic dash; write --{right}$"):
+        parse("train", ["--output_dir", "x", word, "8"])
+    with pytest.raises(UserError, match="typographic dash; write --seed"):
+        parse("infer", ["--output_dir", "x", "--prompt", "a cat", "—seed", "3"])
+    assert parse("infer", ["--output_dir", "x", "--prompt", "– a cat – at night"]).prompt == ("– a cat – at night",)
+
+
+TYPED = [
+    ("train", "--learning-rate", "--learning_rate"),
+    ("train", "--learnig_rate", "--learning_rate"),
+    ("train", "-rank", "--rank"),
+    ("train", "--batch_size", "--train_batch_size"),
+    ("data.precompute", "--resoluton", "--resolution"),
+    ("infer", "--prompts", "--prompt"),
+    ("infer", "--resoluton", "--resolution"),  # the nearest is another command's, which the next try says
+]
+
+
+@pytest.mark.parametrize("command, typed, meant", TYPED)
+def test_a_mistyped_flag_gets_the_nearest_right_one(command, typed, meant):
+    with pytest.raises(UserError, match=rf"^{typed}: no such flag of python -m {command}; did you mean {meant}\?$"):
+        parse(command, [*NEEDED[command], typed, "1"])
+    with pytest.raises(UserError, match="^--xyzzy: no such flag .*; see --help$"):
+        parse(command, [*NEEDED[command], "--xyzzy"])
+
+
+@pytest.mark.parametrize("command, f", [(c, f) for c, f in FLAGS if number(f)])
+def test_no_number_is_without_end(command, f):
+    """A key that was held down: nothing hangs, nothing overflows on its way to the GPU."""
+    far = ["1e300", "-1e300", "1e-300"] if number(f) is float else ["1" + "0" * 20, "1" + "0" * 400, "9" * 5000]
+    for value in far:
+        with pytest.raises(UserError, match=f"--{f.name}"):
+            parse(command, [*NEEDED[command], f"--{f.name}={value}"])
+
+
+USELESS_FLAGS = [
+    ("train", "--lr_warmup_steps 10", "constant_with_warmup"),
+    ("train", "--lr_num_cycles 4 --lr_scheduler cosine", "cosine_with_restarts"),
+    ("train", "--vram_gib 10 --gradient_checkpointing", "--gradient_checkpointing"),
+    ("infer", "--negative_prompt ugly --guidance_scale 1", "--guidance_scale"),
+    ("data.precompute", "--train_data_dir x --image_column photo", "--train_data_dir"),
+    ("data.precompute", f"--pretrained_model_name_or_path {ROOT} --revision main", "folder"),
+]
+
+
+@pytest.mark.parametrize("command, words, because", USELESS_FLAGS)
+def test_a_flag_that_does_nothing_is_refused(command, words, because):
+    """Who gives it expects something of it."""
+    with pytest.raises(UserError, match=f"^--.*: does nothing .*{because}"):
+        parse(command, [*NEEDED[command], *words.split()])
+
+
+def test_a_flag_that_does_something_is_taken():
+    train = lambda *words: parse("train", ["--output_dir", "x", *words])
+    assert train("--lr_warmup_steps", "10", "--lr_scheduler", "cosine").lr_warmup_steps == 10
+    assert train("--lr_num_cycles", "4", "--lr_scheduler", "cosine_with_restarts").lr_num_cycles == 4
+    assert parse("infer", [*NEEDED["infer"], "--negative_prompt", "ugly"]).negative_prompt == "ugly"

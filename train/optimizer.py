@@ -8,6 +8,7 @@ from diffusers.optimization import get_scheduler
 
 from data.common.safe import UserError
 
+CYCLES = 3  # of cosine_with_restarts; with diffusers' own default, one, it would be cosine
 POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 
 
@@ -22,6 +23,12 @@ def check_flags(settings):
             f"--learning_rate {settings.learning_rate}: polynomial ends at {POLYNOMIALS_END}; "
             "use a larger one or another --lr_scheduler"
         )
+    if settings.lr_warmup_steps >= settings.max_train_steps:
+        print(
+            f"warning: --lr_warmup_steps {settings.lr_warmup_steps} is not less than --max_train_steps "
+            f"{settings.max_train_steps}: the learning rate only warms up and never gets to "
+            f"--learning_rate {settings.learning_rate:g}"
+        )
 
 
 def make_optimizer(vector, settings):
@@ -35,6 +42,12 @@ def make_optimizer(vector, settings):
 def learning_rate(optimizer, settings):
     """-> a function of the step alone, so that resuming needs no schedule's state: step -> learning rate."""
     warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
-    schedule = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    schedule = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=settings.lr_num_cycles or CYCLES,
+    )
     (factor,) = schedule.lr_lambdas
     return lambda step: settings.learning_rate * factor(step)

@@ -133,6 +133,12 @@ def read_at(file, size, offset):
     return data
 
 
+def check_readable(path):
+    """Raise the OSError that says why a file cannot be read; safetensors says of any such file that it is not there."""
+    with naming(path), open(path, "rb") as file:
+        file.read(1)
+
+
 def free_space(folder):
     """Bytes that are free where `folder` is or will be."""
     folder = Path(folder).absolute()

@@ -4,6 +4,8 @@ The names are those of diffusers' training scripts. A flag given to the wrong co
 """
 
 import argparse
+import difflib
+import os
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,6 +21,9 @@ def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None
     )
 
 
+MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must not become a step that never ends
+FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least and the largest that is computed with
+DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of - and --
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -40,9 +45,12 @@ class Precompute:
     )
     image_column: str = flag("image", "the dataset's column of images")
     caption_column: str = flag("text", "the dataset's column of captions")
-    max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1)
+    max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1, at_most=MOST)
     resolution: int = flag(
-        1024, "side of the square that images are resized and cropped to, pixels, a multiple of 64", at_least=64
+        1024,
+        "side of the square that images are resized and cropped to, pixels, a multiple of 64",
+        at_least=64,
+        at_most=2**13,
     )
     buckets: bool = flag(
         False, "keep proportions: buckets up to 2:1 of about resolution² pixels, in steps of 64, instead of the square"
@@ -64,13 +72,16 @@ class Train:
     """python -m train: RUN/cache -> RUN/lora.safetensors; run again, it goes on where it stopped"""
 
     output_dir: str = flag(MISSING, "the run's folder: reads cache/, writes state/, metrics.jsonl and lora.safetensors")
-    train_batch_size: int = flag(1, "images per micro-step", at_least=1)
-    gradient_accumulation_steps: int = flag(4, "micro-steps per optimizer step", at_least=1)
-    max_train_steps: int = flag(500, "optimizer steps in all", at_least=1)
+    train_batch_size: int = flag(1, "images per micro-step", at_least=1, at_most=2**12)
+    gradient_accumulation_steps: int = flag(4, "micro-steps per optimizer step", at_least=1, at_most=2**12)
+    max_train_steps: int = flag(500, "optimizer steps in all", at_least=1, at_most=MOST)
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
-    lr_warmup_steps: int = flag(0, "steps of linear warm-up (every schedule but constant)", at_least=0)
-    rank: int = flag(32, "rank r of the update B A", at_least=1)
+    lr_warmup_steps: int = flag(0, "steps of linear warm-up (every schedule but constant)", at_least=0, at_most=MOST)
+    lr_num_cycles: int | None = flag(
+        None, "cycles of cosine_with_restarts, each from the peak to 0; default: 3", at_least=2, at_most=MOST
+    )
+    rank: int = flag(32, "rank r of the update B A", at_least=1, at_most=1280)
     lora_alpha: float | None = flag(None, "the update is scaled by alpha / rank; default: the rank", above=0)
     snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
     noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
@@ -101,9 +112,9 @@ class Train:
     use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit instead of torch's AdamW")
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
-    checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1)
     cache_dir: str | None = flag(None, "the cache's folder; default: the one the run began with, else RUN/cache")
     restart: bool = flag(False, "move what the run has to RUN/earlier-N and start at step 0")
+    checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1, at_most=MOST)
 
 
 @dataclass(frozen=True)
@@ -118,13 +129,47 @@ class Infer:
     )
     lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
     negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
-    num_inference_steps: int = flag(25, "sampler steps", at_least=1)
+    num_inference_steps: int = flag(25, "sampler steps", at_least=1, at_most=1000)
     guidance_scale: float = flag(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
     lora_scale: float = flag(1.0, "strength of the LoRA; 0 is the base, bit for bit")
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
 COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
+
+
+USELESS = {  # flags that do nothing next to others: (whether it is so, what to say)
+    Precompute: [
+        (
+            lambda s: s.train_data_dir and s.image_column != "image",
+            "--image_column: does nothing next to --train_data_dir, whose pictures are files; leave it out",
+        ),
+        (
+            lambda s: s.revision and os.path.isdir(s.pretrained_model_name_or_path),
+            "--revision: does nothing where --pretrained_model_name_or_path is a folder; leave it out",
+        ),
+    ],
+    Train: [
+        (
+            lambda s: s.lr_warmup_steps and s.lr_scheduler == "constant",
+            "--lr_warmup_steps: does nothing with --lr_scheduler constant; use constant_with_warmup",
+        ),
+        (
+            lambda s: s.lr_num_cycles and s.lr_scheduler != "cosine_with_restarts",
+            "--lr_num_cycles: does nothing without --lr_scheduler cosine_with_restarts; leave it out",
+        ),
+        (
+            lambda s: s.vram_gib and s.gradient_checkpointing,
+            "--vram_gib: does nothing next to --gradient_checkpointing, which recomputes everything; use one of them",
+        ),
+    ],
+    Infer: [
+        (
+            lambda s: s.negative_prompt is not None and s.guidance_scale <= 1,
+            "--negative_prompt: does nothing with a --guidance_scale of 1 or less; use a larger one, or leave it out",
+        ),
+    ],
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,12 +183,18 @@ def parse(command, argv):
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
         parser.add_argument(f"--{f.name}", **_argument(f))
+    for word in argv:  # before argparse takes such a word for one more prompt
+        _refuse_typographic(word)
     values, unknown = parser.parse_known_args(argv)
     for word in unknown:
         raise UserError(_unknown(command, word.split("=")[0]))
     for f in fields(settings):
         _check(f, getattr(values, f.name))
-    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
+    given = settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
+    for useless, line in USELESS[settings]:
+        if useless(given):
+            raise UserError(line)
+    return given
 
 
 def _argument(f):
@@ -164,11 +215,28 @@ def _argument(f):
     )
 
 
+def _refuse_typographic(word):
+    name = word.split("=")[0].lstrip(DASHES + "-")
+    if set(DASHES) & set(word[: word.index(name)]) and (meant := _nearest(name, _names(*COMMANDS))):
+        raise UserError(f"{word}: begins with a typographic dash; write --{meant}")
+
+
+def _names(*commands):
+    return [f.name for command in commands for f in fields(COMMANDS[command])]
+
+
+def _nearest(name, names):
+    """The one of `names` that a mistyped `name` probably means, or None."""
+    return next(iter(difflib.get_close_matches(name.replace("-", "_"), names, 1, cutoff=0.7)), None)
+
+
 def _unknown(command, word):
-    owners = [other for other, settings in COMMANDS.items() if word in {f"--{f.name}" for f in fields(settings)}]
-    if owners:
-        return f"{word} is a flag of python -m {owners[0]}, not of python -m {command}"
-    return f"{word}: no such flag of python -m {command} (see --help)"
+    name = word.lstrip("-")
+    owner = next((other for other in COMMANDS if word in {f"--{name}" for name in _names(other)}), None)
+    if owner:
+        return f"{word} is a flag of python -m {owner}, not of python -m {command}"
+    meant = _nearest(name, _names(command)) or _nearest(name, _names(*COMMANDS))
+    return f"{word}: no such flag of python -m {command}; {f'did you mean --{meant}?' if meant else 'see --help'}"
 
 
 def _check(f, value):
@@ -183,6 +251,8 @@ def _check(f, value):
     bounds = f.metadata
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{f.name} {value}: must be a finite number")
+    if isinstance(value, float) and value and not FP32[0] <= abs(value) <= FP32[1]:
+        raise UserError(f"--{f.name} {value}: beyond fp32, which reaches from {FP32[0]:.2g} to {FP32[1]:.2g}")
     if bounds["at_least"] is not None and value < bounds["at_least"]:
         raise UserError(f"--{f.name} {value}: must be at least {bounds['at_least']}")
     if bounds["at_most"] is not None and value > bounds["at_most"]:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.common.disk import check_readable
 from data.common.safe import DISK_ERRORS, UserError, need_memory, out_of_memory, sha256_file
 
 # Components that have weights, and the stem of their files' names in diffusers and transformers.
@@ -131,6 +132,7 @@ def load(kind, component, dtype, device, prepare=None):
     weights = {}
     try:
         for file in _weights(component.folder, component.variant):
+            check_readable(file)
             weights |= load_file(file)
         copied = sum(
             tensor.numel() for tensor in weights.values() if torch.device(device).type == "cpu" or tensor.dtype != dtype
