@@ -251,6 +251,14 @@ def read_index(folder):
         return None
 
 
+def read_components(folder):
+    """The identities of the model's components that a cache was made with; None when there is none that can be read."""
+    try:
+        return read_manifest(folder)["components"]
+    except UserError:
+        return None
+
+
 def read_manifest(folder):
     """The manifest of a finished cache. Raises UserError saying which command makes one."""
     path = Path(folder) / "manifest.json"
@@ -308,7 +316,7 @@ def cache_folder(run, given=None):
 
 
 def read_began(run):
-    """What a training wrote into RUN/run.json when it began (train/identity.py); None where there was none."""
+    """What a training wrote into RUN/run.json when it began (train/same_run.py); None where there was none."""
     path = Path(run) / "run.json"
     try:
         began = json.loads(path.read_bytes())

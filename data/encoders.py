@@ -1,6 +1,6 @@
 """The two text encoders and the VAE's encoder: precompute runs them once per row, and training never loads them.
 
-Shapes and fingerprints are read from their files, so that nothing is loaded when no row is missing.
+Shapes and configs are read from their files, so that nothing is loaded when no row is missing.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from data.common.ahead import behind
 from data.common.safe import UserError, out_of_memory
 from data.models import fused
 from data.models.files import load, torch_dtype
+from data.models.identity import fingerprint
 
 IN_FLIGHT = 2  # batches that a GPU works on while an earlier one is written
 SMALLEST_VOCABULARY = 514  # byte-level CLIP: 256 bytes, each also as the end of a word, and the start and end of a text
@@ -31,8 +32,12 @@ class TextEncoders:
         configs = [component.config() for component in self.encoder_components]
         self.text_shape = (configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
         self.pooled_shape = (configs[1]["projection_dim"],)
-        prints = [component.fingerprint() for component in self.tokenizer_components + self.encoder_components]
-        self.fingerprint = "-".join([*prints, precision])
+        self.precision = precision
+
+    def fingerprint(self, identities):
+        """What an embedding depends on besides its caption. identities: of the model's components, by name."""
+        parts = self.tokenizer_components + self.encoder_components
+        return "-".join([*(fingerprint(identities[part.name]) for part in parts), self.precision])
 
     def load(self, device):
         """Load them onto `device`. Raises UserError when they cannot tell two captions apart."""
@@ -135,16 +140,14 @@ class VAE:
     def __init__(self, model, precision):
         self.model, self.component = model, model.component("vae")
         self.config = self.component.config()
-        needed = ("block_out_channels", "latent_channels", "scaling_factor")
-        if lacks := [name for name in needed if name not in self.config]:
-            raise UserError(
-                f"{self.component.folder / 'config.json'}: no {lacks[0]} in it; a VAE of SDXL's kind is needed"
-            )
         self.dtype = torch_dtype(precision)
-        if self.dtype == torch.float16 and self.config.get("force_upcast", True):
+        if self.dtype == torch.float16 and self.config["force_upcast"]:
             # SDXL's own VAE overflows in fp16, and its config says so; the fp16-fix one's says that it does not
             self.dtype = torch.float32
-        self.fingerprint = f"{self.component.fingerprint()}-{self.dtype}"
+
+    def fingerprint(self, identities):
+        """What a posterior depends on besides its picture. identities: of the model's components, by name."""
+        return f"{fingerprint(identities['vae'])}-{self.dtype}"
 
     def posterior_shape(self, bucket):
         """(height, width) in pixels -> the shape of a posterior, (2, 4, h, w)."""

@@ -19,6 +19,7 @@ from data.cache import (
     Rows,
     earlier_version,
     posteriors_name,
+    read_components,
     read_index,
     read_manifest,
     told_apart,
@@ -31,6 +32,7 @@ from data.dataset import open_examples
 from data.encoding import Draft, Todo, encode_captions, encode_pictures
 from data.images import DECODER, without_pillows_limit
 from data.models.files import Model
+from data.models.identity import identities
 from data.survey import Skipped, changes, first_captions, key, missing, survey
 
 WRITES = ("manifest.json", "index.npy", "names.txt", "captions.rows", "captions.keys")
@@ -95,6 +97,7 @@ def open_encoders(settings):
     model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
     vae_name = settings.pretrained_vae_model_name_or_path
     vae_model = Model(vae_name, None, variant) if vae_name else model
+    model.check()
     return TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
 
 
@@ -107,8 +110,9 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
             flush=True,
         )
     some_buckets = buckets.make_buckets(settings.resolution, settings.buckets)
-    zeros = texts.model.index().get("force_zeros_for_empty_prompt", True)
-    identity = dict(text_encoders=texts.fingerprint, vae=vae.fingerprint)
+    zeros = texts.model.index()["force_zeros_for_empty_prompt"]
+    components = identities(texts.model, vae.model, read_components(folder))
+    identity = dict(text_encoders=texts.fingerprint(components), vae=vae.fingerprint(components))
     rows, caption_keys, names = survey(
         examples, identity.values(), some_buckets, settings.random_flip, settings.validation_fraction, pool, skipped
     )
@@ -122,13 +126,14 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
         rows=rows,
         caption_keys=caption_keys,
         names=names,
-        unconditional=key("unconditional", texts.fingerprint, zeros),
+        unconditional=key("unconditional", identity["text_encoders"], zeros),
         zeros=zeros,
         captions=Rows(folder, "captions", (np.prod(texts.text_shape) + texts.pooled_shape[0],)),
         posteriors=posteriors,
         facts=dict(
             model=asdict(texts.model.pinned()),
             vae=asdict(vae.model.pinned()),
+            components=components,
             identity=identity,
             decoder=DECODER,
             resolution=settings.resolution,

@@ -13,6 +13,7 @@ from data.cache import cache_folder, read_manifest
 from data.common.safe import UserError, atomic_write, one_line
 from data.encoders import TextEncoders
 from data.models.files import Model, load
+from data.models.identity import check_unchanged
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
 from lora import files
@@ -23,7 +24,7 @@ def compare(settings, run):
 
     `settings` is flags.Infer, `run` the run's folder.
     """
-    model, vae_model, resolution = models(settings, run)
+    model, vae_model, resolution, unet_print = models(settings, run)
     weights = files.read(settings.lora_path or run / "lora.safetensors")
     check_steps(model, settings.num_inference_steps)
     device = check.device()
@@ -37,7 +38,7 @@ def compare(settings, run):
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.component("unet"), dtype, device)
     adapters = files.load(unet, weights)
-    made_for, used = weights.metadata.get("ss_sd_model_name"), model.public_name()
+    made_for, used = weights.metadata.get("ss_sd_model_name"), model.public_name(unet_print)
     if made_for != used:
         print(f"warning: {weights.path} was trained on {made_for}, the base here is {used}")
     pipeline = make_pipeline(model, unet, vae_model)
@@ -81,21 +82,24 @@ def compare(settings, run):
 
 
 def models(settings, run):
-    """-> (base, the model whose VAE is used, resolution): what the run's cache names, unless a flag names another.
+    """-> (base, the model whose VAE is used, resolution, the UNet's fingerprint): what the run's cache names, unless a
+    flag names another.
 
-    Where there is no cache, the resolution is None: the model's own.
+    Where there is no cache, the resolution is None: the model's own. The fingerprint is None where it is not known yet.
     """
-    cache = cache_folder(run)
+    cache, found = cache_folder(run), {}
     if settings.base_model and not (cache / "manifest.json").exists():
         model, vae, resolution = None, None, None
     else:
         manifest = read_manifest(cache)
         model, vae, resolution = Model(**manifest["model"]), Model(**manifest["vae"]), manifest["resolution"]
+        if not settings.base_model:
+            found = check_unchanged(manifest["components"], model, vae, "put it back, or name another --base_model")
     if settings.base_model:
         model = vae = Model(settings.base_model, None, "fp16")
     if settings.pretrained_vae_model_name_or_path:
         vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16")
-    return model, vae, resolution
+    return model, vae, resolution, found.get("unet")
 
 
 def check_steps(model, steps):
@@ -110,7 +114,7 @@ def encode(encoders, model, prompts, negative_prompt):
 
     Without a negative prompt, the negative embeddings are the model's own unconditional ones.
     """
-    if negative_prompt is None and model.index().get("force_zeros_for_empty_prompt", True):
+    if negative_prompt is None and model.index()["force_zeros_for_empty_prompt"]:
         text, pooled = (torch.zeros_like(e) for e in encoders([""]))
     else:
         text, pooled = encoders([negative_prompt or ""])

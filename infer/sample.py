@@ -22,7 +22,7 @@ def make_pipeline(model, unet, vae_model):
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler.from_pretrained(model.component("scheduler").folder),
+        scheduler=EulerDiscreteScheduler.from_config(model.component("scheduler").config()),
         add_watermarker=False,
     )
 

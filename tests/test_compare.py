@@ -141,7 +141,7 @@ def test_the_unconditional_is_the_models_own(zeros, tmp_path):
 
 def test_base_and_vae_come_from_the_manifest_unless_named(run, tmp_path):
     def names(folder=run.folder, **flags):
-        model, vae, resolution = models(settings("infer", **flags), folder)
+        model, vae, resolution, _ = models(settings("infer", **flags), folder)
         return model.name, vae.name, resolution
 
     assert names() == (str(PIPELINE), str(PIPELINE), 64)

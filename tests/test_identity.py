@@ -1,163 +1,210 @@
-"""Which run a folder holds: said in words, with the commands that go on, before torch is imported."""
+"""What a model computes, told by digests: the same for another layout of the same tensors, and for nothing else."""
 
 import json
 import os
-import shlex
 import shutil
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
-from conftest import PICTURES, ROOT, STEPS, TRAIN, Forked, edit_captions, here, lines, one_line_error, precompute, when
+import torch
+from conftest import PIPELINE, PRECOMPUTE, TRAIN, Forked, here, one_line_error
+from safetensors.torch import load_file, save_file
 
-from data.cache import INDEX, changed_rows
-from train import identity
+from data.cache import read_manifest
+from data.common.safe import UserError
+from data.models import identity as module
+from data.models.files import Model
+from data.models.identity import check_unchanged, identities, identity
+from data.models.schema import CONFIGS
 
-LEARNED = ("--max_train_steps", 2, "--checkpointing_steps", 1)
-
-
-def weights(run):
-    return (run / "lora.safetensors").read_bytes()
-
-
-def refused(run, log, *more):
-    """What python -m train says to somebody, who gets the last line on stderr. -> (lines before it, the error)"""
-    process = Forked("train", ("--output_dir", run, *TRAIN, *map(str, more)), log)
-    assert process.wait() == 2, process.output
-    return process.output.splitlines(), one_line_error(process.output)
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+WEIGHTS |= {"text_encoder": "model", "text_encoder_2": "model"}
 
 
 @pytest.fixture
-def log(tmp_path):
-    return tmp_path / "log"
+def model(tmp_path):
+    """A copy of the toy's model to change."""
+    shutil.copytree(PIPELINE, tmp_path / "model")
+    return tmp_path / "model"
 
 
-def test_what_differs_is_said_as_people_say_it_with_two_commands_that_go_on(fresh, source, tmp_path, log):
-    """A hash there and a hash here tell nobody that it was the caption that he edited."""
-    here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
-    before = weights(fresh)
-    edit_captions(source, lambda rows: [dict(rows[0], text="a fox that is blue"), *rows[1:]])
-    precompute(fresh, source)
-    said, error = refused(fresh, log, *LEARNED, "--rank", 5)
-    assert error == f"error: {fresh}: holds another run: 1 caption changed since it began; rank 4 there, 5 here"
-    commands = [line.split(": python -m train ")[1] for line in said if ": python -m train " in line]
-    assert len(commands) == 2 and weights(fresh) == before
-    for words in map(shlex.split, commands):
-        here("train", *words)
-    assert weights(fresh.parent / f"{fresh.name}-2") == weights(fresh) != before
-    assert (fresh / "earlier-1" / "lora.safetensors").read_bytes() == before
-    assert {path.name for path in fresh.glob("lora*")} == {path.name for path in (fresh / "earlier-1").glob("lora*")}
+def of(model, name):
+    found = identity(Model(str(model)).component(name))
+    return found["config"], found["content"]
 
 
-def test_three_runs_of_different_ranks_on_one_cache_at_once(cached, tmp_path):
-    """People train one cache ten times. Each writes down where it is, and infer finds it."""
-    shutil.copytree(cached / "cache", tmp_path / "cache")
-    runs = []
-    for rank in (2, 3, 4):
-        words = ("--output_dir", tmp_path / f"r{rank}", "--cache_dir", tmp_path / "cache", *TRAIN)
-        words += ("--rank", rank, "--max_train_steps", 1000)
-        runs.append(Forked("train", words, tmp_path / f"log{rank}"))
-    for rank, run in zip((2, 3, 4), runs):
-        when(lambda rank=rank: lines(tmp_path / f"r{rank}" / "metrics.jsonl") >= 1, run)
-    for run in runs:
-        run.send(15)
-    assert [run.wait() for run in runs] == [143] * 3
-    done = lines(tmp_path / "r2" / "metrics.jsonl")
-    here(
-        "train", "--output_dir", tmp_path / "r2", *TRAIN, "--rank", 2, "--max_train_steps", done
-    )  # without --cache_dir
-    here("infer", "--output_dir", tmp_path / "r2", "--prompt", "x", "--num_inference_steps", 1)
-    assert not (tmp_path / "r2" / "cache").exists()
+def path_of(model, name):
+    return model / name / f"{WEIGHTS[name]}.safetensors"
 
 
-def test_weights_whose_state_is_gone_are_moved_away_at_a_start_from_0(run, tmp_path, capsys):
-    """They would stand among new ones, and nobody could tell them apart."""
-    folder = tmp_path / "run"
-    shutil.copytree(run.folder, folder)
-    shutil.rmtree(folder / "state")
-    here("train", "--output_dir", folder, *TRAIN, "--max_train_steps", 2, "--seed", 7)
-    assert sorted(path.name for path in folder.glob("lora*")) == ["lora-000002.safetensors", "lora.safetensors"]
-    assert len(list((folder / "earlier-1").glob("lora*"))) == STEPS // 2 + 1
-    assert f"{folder}: what was here is in {folder}/earlier-1" in capsys.readouterr().out
-    assert lines(folder / "metrics.jsonl") == 2
+def rewrite(path, change=lambda name, tensor: tensor, metadata=None):
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata)
 
 
-def test_the_rows_that_changed_are_counted():
-    old = np.zeros(4, INDEX)
-    new = np.zeros(5, INDEX)
-    names = ["a", "b", "b", "c"]
-    assert changed_rows((old, names), (old, names)) == []
-    new["caption_digest"][:2], new["image_digest"][1], new["time_ids"][2, 0] = b"x", b"y", 7
-    said = changed_rows((old, names), (new, ["a", "b", "b", "d", "e"]))
-    assert said == [
-        "2 captions changed",
-        "1 image changed",
-        "2 rows added",
-        "1 row removed",
-        "1 row at another resolution or crop",
-    ]
-
-
-def test_a_run_begun_before_runs_were_written_down_goes_on(run, tmp_path):
-    """It has no run.json; its state alone says what it is."""
-    folder = tmp_path / "run"
-    shutil.copytree(run.folder, folder)
-    (folder / "run.json").unlink(), (folder / "rows.npz").unlink()
-    here("train", "--output_dir", folder, *TRAIN)
-    assert weights(folder) == weights(run.folder) and not (folder / "earlier-1").exists()
-
-
-@pytest.mark.parametrize("damage", [b"", b"[]", b'{"cache_dir": 3, "identity": {}}', b"[" * 100_000])
-def test_a_damaged_run_json_is_named(damage, run, tmp_path, log):
-    shutil.copytree(run.folder, tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_bytes(damage)
-    assert f"{tmp_path}/run/run.json: damaged" in refused(tmp_path / "run", log)[1]
-
-
-def seconds(*words):
-    began = time.perf_counter()
-    ended = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
-    return time.perf_counter() - began
-
-
-def test_what_needs_no_model_is_refused_without_torch(run, tmp_path):
-    """Importing it takes seconds. Measured against python with numpy, which the same machine has to start too."""
-    base = min(seconds("train", "--nonsense") for _ in range(2))
-    for words in (
-        ("train", "--output_dir", tmp_path / "no cache"),
-        ("train", "--output_dir", run.folder, *TRAIN, "--rank", 5),
-        ("infer", "--output_dir", tmp_path / "nothing", "--prompt", "x"),
-        ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", tmp_path / "gone.safetensors"),
-    ):
-        assert min(seconds(*words) for _ in range(2)) < base + 1, words
-
-
-def test_restart_of_an_empty_folder_is_a_start(fresh):
-    here("train", "--output_dir", fresh, *TRAIN, *LEARNED, "--restart")
-    assert not (fresh / "earlier-1").exists() and json.loads((fresh / "run.json").read_text())["cache_dir"] is None
-
-
-def test_a_second_restart_keeps_both(fresh):
-    for _ in range(3):
-        here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1, "--restart")
-    assert [(fresh / f"earlier-{n}" / "lora.safetensors").exists() for n in (1, 2, 3)] == [True, True, False]
-    assert identity.earlier(fresh) == fresh / "earlier-3" and len(list((fresh / "cache").iterdir())) > PICTURES // 2
-
-
-def test_a_run_keeps_the_number_of_threads_that_it_began_with(cached, tmp_path):
-    """On a CPU they decide the last bits: resumed on a machine with other cores, the run would end with other bytes."""
-    threads = {"once": ("2",), "resumed": ("2", "1"), "one": ("1",)}
-    for name, counts in threads.items():
-        shutil.copytree(cached / "cache", tmp_path / name / "cache")
-        for steps, count in zip((2, 4) if len(counts) > 1 else (4,), counts):
-            words = [*TRAIN, "--max_train_steps", steps, "--train_batch_size", 8, "--output_dir", tmp_path / name]
-            done = subprocess.run(
-                [sys.executable, "-m", "train", *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": count}
+def test_layout_metadata_and_place_change_nothing(model):
+    """One file or shards, another library's metadata, order and prefix: a folder and a single file must agree."""
+    for name in WEIGHTS:
+        before, path = of(model, name), path_of(model, name)
+        rewrite(path, metadata={"made by": "somebody"})
+        assert of(model, name) == before == of(PIPELINE, name)
+        tensors = load_file(path)
+        names = sorted(tensors, reverse=True)
+        for i in (1, 2):
+            save_file(
+                {n: tensors[n] for n in names[i - 1 :: 2]}, f"{path.with_suffix('')}-0000{i}-of-00002.safetensors"
             )
-            assert done.returncode == 0
-    losses = {name: [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in threads}
-    assert losses["once"] == losses["resumed"]
-    assert losses["once"] != losses["one"]  # else this test would show nothing
+        path.unlink()
+        assert of(model, name) == before
+    prefixed = {f"text_model.{n}": t for n, t in load_file(path_of(PIPELINE, "text_encoder")).items()}
+    prefixed["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    before = of(model, "text_encoder")
+    for path in (model / "text_encoder").glob("*.safetensors"):
+        path.unlink()
+    save_file(prefixed, path_of(model, "text_encoder"))
+    assert of(model, "text_encoder") == before
+
+
+CHANGES = {
+    "one bit": lambda n, t: t.clone().view(torch.uint8).bitwise_xor(1).view(t.dtype) if n.endswith("norm1.bias") else t,
+    "dtype": lambda n, t: t.float(),
+    "shape": lambda n, t: t.flatten() if t.dim() == 2 else t,
+    "a name": lambda n, t: t,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["unet", "text_encoder"])
+def test_what_changes_the_tensors_changes_the_content(name, change, model):
+    before, path = of(model, name), path_of(model, name)
+    tensors = {n: CHANGES[change](n, t) for n, t in load_file(path).items()}
+    if change == "a name":  # two tensors of the same shape change places
+        names = sorted(tensors)
+        one, two = next((a, b) for a, b in zip(names, names[1:]) if tensors[a].shape == tensors[b].shape)
+        tensors[one], tensors[two] = tensors[two], tensors[one]
+        assert not torch.equal(tensors[one], tensors[two])
+    save_file(tensors, path)
+    config, content = of(model, name)
+    assert config == before[0] and content != before[1]
+
+
+def test_a_config_counts_by_what_it_means(model):
+    """Not by its bytes: a default that is written out, and what a library notes down, change nothing."""
+    for name, (file, table) in CONFIGS.items():
+        path = model / ("" if name == "model_index" else name) / file
+        before, config = of(model, name), json.loads(path.read_text())
+        defaults = {field: rule.missing for field, rule in table.items() if rule and rule.missing == config.get(field)}
+        path.write_text(json.dumps({f: v for f, v in config.items() if f not in defaults}, indent=7) + "\n")
+        assert of(model, name) == before
+    edit = dict(
+        unet=dict(norm_eps=1e-6), scheduler=dict(beta_end=0.0121), model_index=dict(force_zeros_for_empty_prompt=False)
+    )
+    for name, changes in edit.items():
+        path = model / ("" if name == "model_index" else name) / CONFIGS[name][0]
+        before = of(model, name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        config, content = of(model, name)
+        assert config != before[0] and content == before[1]
+
+
+def test_files_that_look_as_they_did_are_not_read_again(model, monkeypatch):
+    """Five gigabytes at every start, where nothing can have changed."""
+    named, read = Model(str(model)), []
+    real = module.digest_of
+    monkeypatch.setattr(module, "digest_of", lambda files: read.extend(files) or real(files))
+    there = identities(named, named)
+    assert len(set(read)) == len(read) >= len(WEIGHTS) + 2  # each file once
+    read.clear()
+    assert identities(named, named, there) == there and check_unchanged(there, named, named, "")
+    assert not [path for path in read if path.suffix == ".safetensors"]
+    os.utime(path_of(model, "vae"), ns=(0, 0))
+    assert check_unchanged(there, named, named, "") and read == [path_of(model, "vae")]
+
+
+def test_what_is_not_there_any_more_is_passed_over(model):
+    """Encoders that were deleted to save room cannot be mixed with anything."""
+    named = Model(str(model))
+    there = identities(named, named)
+    shutil.rmtree(model / "text_encoder_2")
+    found = check_unchanged(there, named, named, "")
+    assert found.keys() == CONFIGS.keys() and all(len(digest) == 16 for digest in found.values())
+
+
+def test_damaged_weights_are_named(model):
+    for damage in (b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x03" + b"\0" * 7 + b'{"a'):
+        path_of(model, "vae").write_bytes(damage)
+        with pytest.raises(UserError, match="vae: its weights are damaged"):
+            of(model, "vae")
+    shutil.copy(path_of(PIPELINE, "vae"), path_of(model, "vae"))
+    os.truncate(path_of(model, "vae"), path_of(model, "vae").stat().st_size - 1)
+    with pytest.raises(UserError, match="vae: its weights are damaged .*cut off"):
+        of(model, "vae")
+
+
+# ---- Through the commands
+
+
+REPLACED = {  # what is replaced under the run's feet, and how
+    "unet": lambda model: rewrite(path_of(model, "unet"), lambda n, t: t * 1.5 if t.is_floating_point() else t),
+    "text_encoder_2": lambda model: rewrite(path_of(model, "text_encoder_2"), lambda n, t: t * 1.01),
+    "vae": lambda model: rewrite(path_of(model, "vae"), lambda n, t: t * 1.01),
+    "scheduler": lambda model: edit(model / "scheduler" / "scheduler_config.json", beta_end=0.0121),
+    "model_index": lambda model: edit(model / "model_index.json", force_zeros_for_empty_prompt=False),
+    "tokenizer": lambda model: edit(model / "tokenizer" / "tokenizer_config.json", pad_token="!"),
+}
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def begun(model, pictures, tmp_path):
+    """A run with a cache of its own model."""
+    run = tmp_path / "run"
+    flags = [*PRECOMPUTE, "--pretrained_model_name_or_path", model]
+    here("data.precompute", "--output_dir", run, "--train_data_dir", pictures, *flags)
+    return run
+
+
+def refused(name, tmp_path, *argv):
+    process = Forked(name, argv, tmp_path / "log")
+    assert process.wait() == 2, process.output
+    return one_line_error(process.output)
+
+
+def test_a_component_that_was_replaced_is_named_and_never_mixed(begun, model, pictures, tmp_path):
+    """Between precompute and train, stop and resume, train and infer."""
+    kept = tmp_path / "kept"
+    shutil.copytree(model, kept)
+    train = ["--output_dir", begun, *TRAIN, "--max_train_steps", 2]
+    infer = ["--output_dir", begun, "--prompt", "a fox", "--num_inference_steps", 1]
+
+    def names_it(name, command, argv):
+        line = refused(command, tmp_path, *argv)
+        assert f"this {name} has" in line and str(model) in line, line
+
+    for name in REPLACED:
+        REPLACED[name](model)
+        names_it(name, "train", train)
+        assert not (begun / "lora.safetensors").exists()
+        shutil.rmtree(model), shutil.copytree(kept, model)
+    here("train", *train)
+    weights = (begun / "lora.safetensors").read_bytes()
+    for name in REPLACED:
+        REPLACED[name](model)
+        names_it(name, "train", [*train, "--max_train_steps", 3])
+        names_it(name, "infer", infer)
+        shutil.rmtree(model), shutil.copytree(kept, model)
+    assert (begun / "lora.safetensors").read_bytes() == weights and not list((begun / "compare").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["unet", "scheduler", "model_index"])
+def test_a_run_is_not_continued_on_a_model_that_precompute_accepted_since(name, begun, model, pictures, tmp_path):
+    """These three encode no row, so that the cache stays as it was."""
+    train = ["--output_dir", begun, *TRAIN, "--max_train_steps", 2]
+    here("train", *train)
+    REPLACED[name](model)
+    before = read_manifest(begun / "cache")["components"]
+    flags = [*PRECOMPUTE, "--pretrained_model_name_or_path", model]
+    here("data.precompute", "--output_dir", begun, "--train_data_dir", pictures, *flags)
+    assert read_manifest(begun / "cache")["components"] != before
+    assert name in refused("train", tmp_path, *train, "--max_train_steps", 3)

@@ -10,7 +10,7 @@ from torch import nn
 
 from data.common.safe import UserError
 from lora.inject import inject
-from train.identity import DEFAULTS
+from train.same_run import DEFAULTS
 from train.state import read_state, restore, save_state
 
 IDENTITY = asdict(settings("train", lr_scheduler="cosine", output_dir="a")) | dict(base="x", cache="y")
@@ -149,7 +149,7 @@ def test_a_field_that_no_flag_has_differs(tmp_path):
 
 def test_a_flag_that_a_state_lacks_had_its_default(tmp_path, monkeypatch):
     """Every later flag would orphan the runs before it."""
-    monkeypatch.setattr("train.identity.DEFAULTS", DEFAULTS | dict(later=1.5))
+    monkeypatch.setattr("train.same_run.DEFAULTS", DEFAULTS | dict(later=1.5))
     setup = Setup().step(0)
     setup.save(tmp_path, 1)
     assert setup.load(tmp_path, later=1.5) == (1, PLAN)

@@ -12,18 +12,18 @@ def main(argv):
     settings = parse("train", argv)
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder
-        from train import identity
+        from train import same_run
 
         cache = cache_folder(run, settings.cache_dir)
         with door.reading(cache):
             try:
                 if settings.restart:
-                    identity.put_aside(run)
-                identity.check_at_the_door(run, settings)
+                    same_run.put_aside(run)
+                same_run.check_at_the_door(run, settings)
                 from train.loop import train
 
                 train(settings, run)
-            except identity.AnotherRun as error:
+            except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
 

@@ -21,6 +21,7 @@ from data.common.flags import Train
 from data.common.safe import NumbersError, Signals, Stopped, UserError
 from data.models import fused
 from data.models.files import Model, load, torch_dtype
+from data.models.identity import check_unchanged
 from lora.adapters import Adapters
 from lora.attention import fuse_projections
 from lora.files import export
@@ -28,7 +29,7 @@ from lora.inject import inject
 from train import announce, diffusion, graph, plan
 from train.batches import Batches
 from train.health import Health, describe
-from train.identity import begin, identity_of, remember
+from train.same_run import begin, identity_of, remember
 from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
 from train.state import need_room, read_state, restore, save_state
@@ -122,12 +123,15 @@ class Run:
 def setup(settings, folder):
     """-> the Run, ready for its next step. Whatever can be refused is refused before the model is loaded."""
     cache = Cache(cache_folder(folder, settings.cache_dir))
-    base = Model(**cache.manifest["model"])
+    base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
     check_flags(settings)
-    identity = identity_of(settings, cache.manifest, base=base.public_name(), revision=base.revision)
+    found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
+    of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
+    public_name = base.public_name(found.get("unet"))
+    identity = identity_of(settings, cache.manifest, base=public_name, revision=base.revision, **of_the_model)
     state = read_state(folder / "state", identity)
-    scheduler = base.component("scheduler").config("scheduler_config.json")
+    scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
     unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
@@ -149,7 +153,7 @@ def setup(settings, folder):
         unet=unet,
         adapters=adapters,
         alpha_bar=alpha_bar.to(device),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        prediction_type=scheduler["prediction_type"],
         optimizer=optimizer,
         learning_rate=learning_rate(optimizer, settings),
         scaler=scaler,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from data.common.safe import UserError, atomic_write, need_space
-from train.identity import check_same
+from train.same_run import check_same
 
 VERSION = 2
 KEPT = 2

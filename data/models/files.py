@@ -3,13 +3,14 @@
 What is not there is downloaded once; what cannot be found is named.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.common.disk import check_readable
-from data.common.safe import DISK_ERRORS, UserError, need_memory, out_of_memory, sha256_file
+from data.common.fields import check_fields, read_json
+from data.common.safe import DISK_ERRORS, UserError, need_memory, out_of_memory
+from data.models.identity import fingerprint, identity
+from data.models.schema import CONFIGS, check_together
 
 # Components that have weights, and the stem of their files' names in diffusers and transformers.
 STEMS = {
@@ -19,6 +20,8 @@ STEMS = {
     "text_encoder_2": "model",
 }
 COMPONENTS = (*STEMS, "tokenizer", "tokenizer_2", "scheduler")
+VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+ADVICE = "an SDXL model in diffusers' layout is needed"
 
 
 def torch_dtype(mixed_precision):
@@ -32,19 +35,21 @@ def torch_dtype(mixed_precision):
 class Component:
     """One component of a model on disk. `variant` is from_pretrained's: "fp16", or None for plain file names."""
 
+    name: str  # one of COMPONENTS, or "model_index"
     folder: Path
     variant: str | None = None
 
-    def config(self, name="config.json"):
-        return _read_json(self.folder / name)
+    def config(self):
+        """Its config, with what missing fields mean. Raises UserError naming a field that breaks the schema."""
+        file, table = CONFIGS[self.name]
+        return check_fields(table, read_json(self.folder / file, ADVICE), self.folder / file, ADVICE)
 
-    def fingerprint(self):
-        """16 hex digits of the files' content: renaming the folder keeps them, changing one weight does not."""
-        small = [
-            p for p in self.folder.iterdir() if p.suffix in (".json", ".txt") and not p.name.endswith("index.json")
-        ]
-        files = sorted(small) + _weights(self.folder, self.variant)
-        return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()[:16]
+    def files(self):
+        """Its files besides the config: the weights, or the vocabulary."""
+        if self.name in STEMS:
+            return _weights(self.folder, self.variant)
+        words = [self.folder / name for name in VOCABULARY if self.name.startswith("tokenizer")]
+        return [path for path in words if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -66,35 +71,64 @@ class Model:
         Raises UserError naming the model when it is nowhere to be found, or lacks the component or its weights.
         """
         root = self._root([])
-        alone = name == "vae" and not (root / "vae").is_dir() and (root / "config.json").is_file()
-        folder = root if alone else root / name
-        if not folder.is_dir():
-            raise UserError(f"{self.name}: no {name}/ in it; an SDXL model in diffusers' layout is needed")
+        component = self._described(name, root)
         if name not in STEMS:
-            return Component(folder)
+            return component
+        folder = component.folder
         for variant in dict.fromkeys((self.variant, None)):
             self._root([str(p.relative_to(root)) for p in _patterns(folder, variant, STEMS[name])])
             if _weights(folder, variant):
-                return Component(folder, variant)
+                return Component(name, folder, variant)
         raise UserError(f"{self.name}: no {STEMS[name]}.safetensors in {folder.name}/; download the model again")
+
+    def _described(self, name, root):
+        """The component with its config, but perhaps without its weights."""
+        folder = root if name == "model_index" or _is_alone(name, root) else root / name
+        if not folder.is_dir():
+            raise UserError(f"{self.name}: no {name}/ in it; {ADVICE}")
+        return Component(name, folder)
+
+    def has(self, name):
+        """Whether the component is in the model, which is a folder here."""
+        root = Path(self.name)
+        return name == "model_index" or _is_alone(name, root) or (root / name).is_dir()
+
+    def is_local(self):
+        """Whether it is a folder here, which may change, and not a commit of the hub, which cannot."""
+        return Path(self.name).is_dir()
+
+    def check(self):
+        """Raise UserError when a config says something that this program does not compute, or two do not fit together.
+
+        It reads the configs alone, so that it costs milliseconds and no download of weights. The VAE is left out,
+        because another one may be used.
+        """
+        root = self._root([])
+        configs = {name: self._described(name, root).config() for name in CONFIGS if name != "vae"}
+        check_together(self.name, configs["unet"], configs["text_encoder"], configs["text_encoder_2"])
 
     def pinned(self):
         """The same model under a name that keeps its meaning: an absolute path, or the hub id at the fetched commit."""
-        if Path(self.name).is_dir():
+        if self.is_local():
             return Model(str(Path(self.name).resolve()), None, self.variant)
         return Model(self.name, self._root([]).name, self.variant)
 
     def index(self):
         """The content of model_index.json."""
-        return _read_json(self._root([]) / "model_index.json")
+        return self.component("model_index").config()
 
-    def public_name(self):
-        """The name that may be published: the hub id, or the UNet's fingerprint instead of a local path."""
-        return f"local-{self.component('unet').fingerprint()}" if Path(self.name).is_dir() else self.name
+    def public_name(self, unet=None):
+        """The name that may be published: the hub id, or instead of a local path the UNet's fingerprint.
+
+        unet: the fingerprint, when it is known already.
+        """
+        if not self.is_local():
+            return self.name
+        return f"local-{unet or fingerprint(identity(self.component('unet')))}"
 
     def _root(self, patterns):
         """The local folder, or the hub's snapshot with all configs, all vocabularies and the files of `patterns`."""
-        if Path(self.name).is_dir():
+        if self.is_local():
             return Path(self.name)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
@@ -127,10 +161,10 @@ def load(kind, component, dtype, device, prepare=None):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with torch.device("meta"):
-        model = kind.from_config(component.config())
-    weights = {}
+    config, weights = component.config(), {}
     try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
         for file in _weights(component.folder, component.variant):
             check_readable(file)
             weights |= load_file(file)
@@ -140,7 +174,7 @@ def load(kind, component, dtype, device, prepare=None):
         need_memory(copied * dtype.itemsize, f"{component.folder}: to load its weights")
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
         reason = str(error).split("\n")[-1].strip()
@@ -150,13 +184,9 @@ def load(kind, component, dtype, device, prepare=None):
     return model.to(device).eval().requires_grad_(False)
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not there or damaged ({error}); an SDXL model in diffusers' layout is needed"
-        ) from None
+def _is_alone(name, root):
+    """Whether `root` is a VAE that was published without the rest of a pipeline."""
+    return name == "vae" and not (root / "vae").is_dir() and (root / "config.json").is_file()
 
 
 def _patterns(folder, variant, stem):

@@ -79,7 +79,7 @@ def held_out_loss(run, model, vae_model, scaling_factor):
     unet = load(UNet2DConditionModel, model.component("unet"), torch.float32, "cpu")
     adapters = files.load(unet, files.read(run / "lora.safetensors"))
 
-    scheduler = model.component("scheduler").config("scheduler_config.json")
+    scheduler = model.component("scheduler").config()
     alpha_bar, prediction_type = diffusion.noise_schedule(scheduler), scheduler["prediction_type"]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     x0 = posterior[:, 0] * scaling_factor  # its mean

@@ -63,7 +63,7 @@ def make_cache(folder, pipeline, buckets):
     index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*bucket, 0, 0, *bucket)] for bucket in buckets])
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, buckets)))
     facts |= dict(buckets=buckets, posterior_shapes=shapes, text_shape=text, pooled_shape=pooled)
-    facts |= dict(scaling_factor=0.13, unconditional=0)
+    facts |= dict(scaling_factor=0.13, unconditional=0, vae=facts["model"], components={})
     write_index(folder, index.ravel(), np.arange(rows, dtype="<i4"), [str(i) for i in range(index.size)], facts)
 
 
@@ -102,7 +102,7 @@ def reference(work, cuda, batch):
     cache, device = Cache(work / "cache"), torch.device("cuda" if cuda else "cpu")
     model, half = Model(**cache.manifest["model"]), torch.float16 if cuda else torch.float32
     settings = parse("train", ["--output_dir", "unused", "--train_batch_size", str(batch)])
-    alpha_bar = noise_schedule(model.component("scheduler").config("scheduler_config.json"))
+    alpha_bar = noise_schedule(model.component("scheduler").config())
     batches = Batches(cache, settings, len(alpha_bar))
     unet = load(UNet2DConditionModel, model.component("unet"), half, device)
     rank = 32 if cuda else 4
@@ -157,7 +157,7 @@ def kernels(micro_step):
 def measure(work, kind, batch, attention, flags):
     """Measure one line of the table. -> its figures, or the reason why it was refused"""
     cuda, began = torch.cuda.is_available(), time.perf_counter()
-    Model.public_name = lambda self: "random"  # saves the seconds that hashing random weights takes
+    Model.public_name = lambda self, unet: "random"  # saves the seconds that hashing random weights takes
     efficient = contextlib.nullcontext()
     if attention == "efficient" and cuda:
         efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
@@ -232,7 +232,7 @@ def machine(work):
 def gradient_cosine(work):
     """Cosine of one micro-batch's fp16 gradient with its fp32 one; B is not zero, so that A has a gradient too."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    Model.public_name = lambda self: "random"
+    Model.public_name = lambda self, unet: "random"
     gradients = []
     for precision in ("no", "fp16"):
         flags = ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]

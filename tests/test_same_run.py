@@ -1,0 +1,163 @@
+"""Which run a folder holds: said in words, with the commands that go on, before torch is imported."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import PICTURES, ROOT, STEPS, TRAIN, Forked, edit_captions, here, lines, one_line_error, precompute, when
+
+from data.cache import INDEX, changed_rows
+from train import same_run
+
+LEARNED = ("--max_train_steps", 2, "--checkpointing_steps", 1)
+
+
+def weights(run):
+    return (run / "lora.safetensors").read_bytes()
+
+
+def refused(run, log, *more):
+    """What python -m train says to somebody, who gets the last line on stderr. -> (lines before it, the error)"""
+    process = Forked("train", ("--output_dir", run, *TRAIN, *map(str, more)), log)
+    assert process.wait() == 2, process.output
+    return process.output.splitlines(), one_line_error(process.output)
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+def test_what_differs_is_said_as_people_say_it_with_two_commands_that_go_on(fresh, source, tmp_path, log):
+    """A hash there and a hash here tell nobody that it was the caption that he edited."""
+    here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
+    before = weights(fresh)
+    edit_captions(source, lambda rows: [dict(rows[0], text="a fox that is blue"), *rows[1:]])
+    precompute(fresh, source)
+    said, error = refused(fresh, log, *LEARNED, "--rank", 5)
+    assert error == f"error: {fresh}: holds another run: 1 caption changed since it began; rank 4 there, 5 here"
+    commands = [line.split(": python -m train ")[1] for line in said if ": python -m train " in line]
+    assert len(commands) == 2 and weights(fresh) == before
+    for words in map(shlex.split, commands):
+        here("train", *words)
+    assert weights(fresh.parent / f"{fresh.name}-2") == weights(fresh) != before
+    assert (fresh / "earlier-1" / "lora.safetensors").read_bytes() == before
+    assert {path.name for path in fresh.glob("lora*")} == {path.name for path in (fresh / "earlier-1").glob("lora*")}
+
+
+def test_three_runs_of_different_ranks_on_one_cache_at_once(cached, tmp_path):
+    """People train one cache ten times. Each writes down where it is, and infer finds it."""
+    shutil.copytree(cached / "cache", tmp_path / "cache")
+    runs = []
+    for rank in (2, 3, 4):
+        words = ("--output_dir", tmp_path / f"r{rank}", "--cache_dir", tmp_path / "cache", *TRAIN)
+        words += ("--rank", rank, "--max_train_steps", 1000)
+        runs.append(Forked("train", words, tmp_path / f"log{rank}"))
+    for rank, run in zip((2, 3, 4), runs):
+        when(lambda rank=rank: lines(tmp_path / f"r{rank}" / "metrics.jsonl") >= 1, run)
+    for run in runs:
+        run.send(15)
+    assert [run.wait() for run in runs] == [143] * 3
+    done = lines(tmp_path / "r2" / "metrics.jsonl")
+    here(
+        "train", "--output_dir", tmp_path / "r2", *TRAIN, "--rank", 2, "--max_train_steps", done
+    )  # without --cache_dir
+    here("infer", "--output_dir", tmp_path / "r2", "--prompt", "x", "--num_inference_steps", 1)
+    assert not (tmp_path / "r2" / "cache").exists()
+
+
+def test_weights_whose_state_is_gone_are_moved_away_at_a_start_from_0(run, tmp_path, capsys):
+    """They would stand among new ones, and nobody could tell them apart."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(folder / "state")
+    here("train", "--output_dir", folder, *TRAIN, "--max_train_steps", 2, "--seed", 7)
+    assert sorted(path.name for path in folder.glob("lora*")) == ["lora-000002.safetensors", "lora.safetensors"]
+    assert len(list((folder / "earlier-1").glob("lora*"))) == STEPS // 2 + 1
+    assert f"{folder}: what was here is in {folder}/earlier-1" in capsys.readouterr().out
+    assert lines(folder / "metrics.jsonl") == 2
+
+
+def test_the_rows_that_changed_are_counted():
+    old = np.zeros(4, INDEX)
+    new = np.zeros(5, INDEX)
+    names = ["a", "b", "b", "c"]
+    assert changed_rows((old, names), (old, names)) == []
+    new["caption_digest"][:2], new["image_digest"][1], new["time_ids"][2, 0] = b"x", b"y", 7
+    said = changed_rows((old, names), (new, ["a", "b", "b", "d", "e"]))
+    assert said == [
+        "2 captions changed",
+        "1 image changed",
+        "2 rows added",
+        "1 row removed",
+        "1 row at another resolution or crop",
+    ]
+
+
+def test_a_run_begun_before_runs_were_written_down_goes_on(run, tmp_path):
+    """It has no run.json; its state alone says what it is."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    (folder / "run.json").unlink(), (folder / "rows.npz").unlink()
+    here("train", "--output_dir", folder, *TRAIN)
+    assert weights(folder) == weights(run.folder) and not (folder / "earlier-1").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"cache_dir": 3, "identity": {}}', b"[" * 100_000])
+def test_a_damaged_run_json_is_named(damage, run, tmp_path, log):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_bytes(damage)
+    assert f"{tmp_path}/run/run.json: damaged" in refused(tmp_path / "run", log)[1]
+
+
+def seconds(*words):
+    began = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    return time.perf_counter() - began
+
+
+def test_what_needs_no_model_is_refused_without_torch(run, tmp_path):
+    """Importing it takes seconds. Measured against python with numpy, which the same machine has to start too."""
+    base = min(seconds("train", "--nonsense") for _ in range(2))
+    for words in (
+        ("train", "--output_dir", tmp_path / "no cache"),
+        ("train", "--output_dir", run.folder, *TRAIN, "--rank", 5),
+        ("infer", "--output_dir", tmp_path / "nothing", "--prompt", "x"),
+        ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", tmp_path / "gone.safetensors"),
+    ):
+        assert min(seconds(*words) for _ in range(2)) < base + 1, words
+
+
+def test_restart_of_an_empty_folder_is_a_start(fresh):
+    here("train", "--output_dir", fresh, *TRAIN, *LEARNED, "--restart")
+    assert not (fresh / "earlier-1").exists() and json.loads((fresh / "run.json").read_text())["cache_dir"] is None
+
+
+def test_a_second_restart_keeps_both(fresh):
+    for _ in range(3):
+        here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1, "--restart")
+    assert [(fresh / f"earlier-{n}" / "lora.safetensors").exists() for n in (1, 2, 3)] == [True, True, False]
+    assert same_run.earlier(fresh) == fresh / "earlier-3" and len(list((fresh / "cache").iterdir())) > PICTURES // 2
+
+
+def test_a_run_keeps_the_number_of_threads_that_it_began_with(cached, tmp_path):
+    """On a CPU they decide the last bits: resumed on a machine with other cores, the run would end with other bytes."""
+    threads = {"once": ("2",), "resumed": ("2", "1"), "one": ("1",)}
+    for name, counts in threads.items():
+        shutil.copytree(cached / "cache", tmp_path / name / "cache")
+        for steps, count in zip((2, 4) if len(counts) > 1 else (4,), counts):
+            words = [*TRAIN, "--max_train_steps", steps, "--train_batch_size", 8, "--output_dir", tmp_path / name]
+            done = subprocess.run(
+                [sys.executable, "-m", "train", *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": count}
+            )
+            assert done.returncode == 0
+    losses = {name: [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in threads}
+    assert losses["once"] == losses["resumed"]
+    assert losses["once"] != losses["one"]  # else this test would show nothing
