@@ -104,7 +104,7 @@ def models(settings, run):
 
 def check_steps(model, steps):
     """Raise UserError when the sampler is asked for more steps than the noise schedule has: some would do nothing."""
-    most = model.component("scheduler").config("scheduler_config.json").get("num_train_timesteps", 1000)
+    most = model.component("scheduler").config()["num_train_timesteps"]
     if steps > most:
         raise UserError(f"--num_inference_steps {steps}: the schedule of {model.name} has {most} steps")
 

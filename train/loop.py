@@ -29,9 +29,9 @@ from lora.inject import inject
 from train import announce, diffusion, graph, plan
 from train.batches import Batches
 from train.health import Health, describe
-from train.same_run import begin, identity_of, remember
 from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
+from train.same_run import begin, identity_of, remember
 from train.state import need_room, read_state, restore, save_state
 
 
