@@ -101,3 +101,24 @@ def test_either_of_picture_and_mirror_image_is_drawn(run, fresh):
     mirrored = distance[1] < distance[0]
     for share in (mirrored, mirrored == dropped):
         assert 0.35 < share.float().mean() < 0.65
+
+
+def test_each_of_several_captions_is_drawn_and_nothing_else_changes(run, fresh):
+    """Their stream is their own: every other number is what it is with one caption for each picture."""
+
+    def three(index):
+        index["captions"], index["first_caption"] = 3, index["first_caption"].clip(max=len(index) - 3)
+        return index
+
+    plain = [draw(run, step) for step in range(60)]
+    change_cache(fresh, three)
+    cache, values = Cache(fresh / "cache"), settings("train", train_batch_size=4, seed=1)
+    batches, drawn = Batches(cache, values, TIMESTEPS), []
+    for step, one in enumerate(plain):
+        batch = batches.draw(step, 0)
+        assert all(torch.equal(batch[name], one[name]) for name in one if name not in ("text", "pooled"))
+        for row, text in zip(batches.rows(step, 0), batch["text"]):
+            first = cache.index["first_caption"][row]
+            texts = [cache.captions[cache.caption_rows[first + i]][: text.numel()] for i in range(3)]
+            drawn.append([np.array_equal(text.flatten(), one) for one in texts].index(True))
+    assert min(np.bincount(drawn, minlength=3)) > 50 and len(drawn) == 240

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import caption_rows, change_cache, precompute
+from conftest import caption_rows, change_cache, edit_captions, precompute
 
 from data.cache import KEY, Cache, Rows, read_manifest
 from data.common.safe import MachineError, UserError
@@ -277,6 +277,92 @@ def test_an_empty_caption_is_the_unconditional_row_of_that_example_alone(run):
 
 def test_names_are_the_examples(run):
     assert Cache(run.folder / "cache").names([3, 0]) == ["003.png", "000.png"]
+
+
+def test_a_caption_is_drawn_from_the_examples_range(fresh):
+    """which is where in the range, from 0 to just below 1; an example with one caption always has that one."""
+
+    def three(index):
+        index["first_caption"], index["captions"] = 0, 1
+        index["first_caption"][2], index["captions"][2] = 3, 3
+        return index
+
+    change_cache(fresh, three)
+    cache, no = Cache(fresh / "cache"), np.zeros(1, bool)
+    for which, place in ((0.0, 3), (0.33, 3), (0.34, 4), (0.67, 5), (1 - 2**-24, 5)):
+        which = np.array([which], np.float32)
+        text = cache.batch([2], no, no, which)["text"][0].ravel()
+        assert np.array_equal(text, cache.captions[cache.caption_rows[place]][: len(text)])
+        assert np.array_equal(cache.batch([1], no, no, which)["text"], cache.batch([0], no, no)["text"])
+
+
+# ---- Rows that are not the index's own
+
+
+def replaced(name):
+    """The cache's rows become another cache's: the same in another order, each with its good checksum."""
+
+    def replace(cache):
+        rows, keys = (cache / f"{name}.{kind}" for kind in ("rows", "keys"))
+        count = keys.stat().st_size // KEY.itemsize
+        for path in (rows, keys):
+            path.write_bytes(np.frombuffer(path.read_bytes(), np.uint8).reshape(count, -1)[::-1].tobytes())
+
+    return replace
+
+
+def cut(name, size):
+    return lambda cache: os.truncate(cache / name, (cache / name).stat().st_size - size)
+
+
+OTHERS, PICTURE_ROWS = "not the rows that the index was made for", "posteriors-64x64"
+LOST = {
+    "captions replaced": ("captions", OTHERS, replaced("captions")),
+    "posteriors replaced": (PICTURE_ROWS, OTHERS, replaced(PICTURE_ROWS)),
+    "captions gone": ("captions", "9 rows of the index not there", lambda cache: (cache / "captions.rows").unlink()),
+    "keys gone": (PICTURE_ROWS, "16 rows of", lambda cache: (cache / f"{PICTURE_ROWS}.keys").unlink()),
+    "a key cut": ("captions", "1 row of the index not there", cut("captions.keys", 1)),
+    "a row cut": (PICTURE_ROWS, "2 rows of the index not there", cut(f"{PICTURE_ROWS}.rows", 1)),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_rows_that_were_replaced_or_lost_under_the_index_are_named_when_it_is_opened(case, fresh, run):
+    """Each has a good checksum: opened without a word, pictures would be trained with the captions of others."""
+    name, message, damage = LOST[case]
+    damage(fresh / "cache")
+    with pytest.raises(UserError, match=rf"{name}\.rows: {message}.*; run python -m data.precompute again"):
+        Cache(fresh / "cache")
+    precompute(fresh, run.pictures)
+    found, wanted = Cache(fresh / "cache"), Cache(run.folder / "cache")
+    none = np.zeros(len(found), bool)
+    batches = [cache.batch(range(len(none)), none, none) for cache in (found, wanted)]
+    for field in batches[0]:  # encoded in other batches than the first time, which may round differently
+        np.testing.assert_allclose(*(batch[field].astype(np.float32) for batch in batches), rtol=5e-3, atol=5e-3)
+
+
+def test_rows_that_are_added_leave_the_index_as_it_is(fresh, source):
+    """Another precompute may append to a cache that is read."""
+    folder, none = fresh / "cache", np.zeros(3, bool)
+    before = Cache(folder).batch(range(3), none, none)["text"]
+    edit_captions(source, lambda rows: [dict(row, text=f"another {i}") for i, row in enumerate(rows)])
+    old = {name: (folder / name).read_bytes() for name in ("index.npy", "captions.npy", "names.txt", "manifest.json")}
+    precompute(fresh, source)
+    assert not np.array_equal(Cache(folder).batch(range(3), none, none)["text"], before)
+    for name, blob in old.items():
+        (folder / name).write_bytes(blob)
+    assert np.array_equal(Cache(folder).batch(range(3), none, none)["text"], before)
+
+
+def test_what_is_stored_is_told_when_its_keys_are_on_disk(tmp_path, monkeypatch):
+    """A bar that runs ahead of the disk promises rows that a kill would lose."""
+    monkeypatch.setattr("data.cache.COMMIT_SECONDS", 0)
+    told, some = [], ([1, 2], [3], [4, 5])
+    rows(tmp_path).write(5, map(batch_of, some), lambda count: told.append((count, len(rows(tmp_path)))))
+    assert told == [(2, 2), (1, 3), (2, 5)]
+
+
+# ---- Caches that are not finished
 
 
 DAMAGE = {

@@ -1,6 +1,7 @@
 """Any source of pictures and captions -> examples. What is missing is named together with what there is."""
 
 import json
+import os
 
 import pytest
 from conftest import settings
@@ -248,3 +249,134 @@ def test_one_source_is_needed_and_not_two(tmp_path):
     for values in ({}, dict(dataset_name="a", train_data_dir="b")):
         with pytest.raises(UserError, match="one of --dataset_name and --train_data_dir"):
             examples(**values)
+
+
+# ---- A folder as it is
+
+
+def captioned(path, caption="a cat"):
+    path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def names(found):
+    return [found[i].name for i in range(len(found))]
+
+
+def test_every_suffix_of_a_known_format_is_a_picture(tmp_path):
+    suffixes = ("png", "PNG", "jpg", "JPEG", "jpe", "jfif", "webp", "avif", "AVIF", "gif", "bmp", "TIF")
+    for i, suffix in enumerate(suffixes):
+        kind = {"jfif": "JPEG", "jpe": "JPEG", "TIF": "TIFF"}.get(suffix, suffix.upper().replace("JPG", "JPEG"))
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(captioned(tmp_path / f"{i:02d}.{suffix}"), kind)
+    found = examples(train_data_dir=str(tmp_path))
+    assert [name[:2] for name in names(found)] == [f"{i:02d}" for i in range(12)] and not found.notes
+    for i in range(12):
+        assert abs(image(found[i]).getpixel((0, 0))[0] - 20 * i) <= 3
+
+
+def test_what_other_programs_left_is_passed_over_and_counted(tmp_path):
+    """macOS's ._x next to x, Jupyter's copies, a zip's __MACOSX; what is no picture; a caption without one."""
+    for path in write_images(tmp_path, ["a", "b"]):
+        captioned(path)
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7")
+    captioned(write_images(tmp_path / ".ipynb_checkpoints", ["a"])[0])
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._00.png").write_bytes(b"x")
+    for name in ("x.heic", "y.HEIC", "lonely.txt", "README"):
+        (tmp_path / name).write_text("x")
+    found = examples(train_data_dir=str(tmp_path))
+    assert names(found) == ["00.png", "01.png"]
+    hidden, others = found.notes
+    assert f"{tmp_path}: passed over: 4 hidden files, " in hidden
+    assert "passed over: 2 .heic, 1 without a suffix, 1 .txt, e.g. README; pictures are .apng .avif " in others
+
+
+def test_folders_and_links_are_followed_and_loops_are_not(tmp_path):
+    elsewhere = write_images(tmp_path / "elsewhere", ["a", "b"])
+    for path in elsewhere:
+        captioned(path)
+    folder = tmp_path / "d"
+    captioned(write_images(folder / "sub", ["a"])[0])
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub" / "up").symlink_to(folder)
+    captioned(folder / "one.png").symlink_to(elsewhere[1])
+    captioned(folder / "dangling.png").symlink_to(tmp_path / "nowhere")
+    found = examples(train_data_dir=str(folder))
+    assert names(found) == ["dangling.png", "linked/00.png", "linked/01.png", "one.png", "sub/00.png"]
+    assert image(found[3]).getpixel((0, 0)) == (1, 0, 0)
+    with pytest.raises(UserError, match="^dangling.png: No such file"):
+        found[0].data()
+
+
+def test_pictures_that_a_table_does_not_list_and_repeats_are_said(tmp_path):
+    write_metadata(tmp_path, CAPTIONS)
+    write_images(tmp_path / "10_ball", ["a", "b"])
+    (tmp_path / "readme.md").write_text("x")
+    found = examples(train_data_dir=str(tmp_path))
+    assert content(found) == WANTED
+    others, unlisted, repeats = found.notes
+    assert "passed over: 1 .md, e.g. readme.md" in others
+    assert "passed over: 2 pictures not in metadata.jsonl, e.g. 10_ball/00.png" in unlisted
+    assert "the number in 10_ball repeats nothing; pictures come equally often" in repeats
+
+
+def test_what_a_row_of_a_table_lacks_is_that_rows_fault(tmp_path):
+    """A file or a caption in one row; a column that no row has is the table's fault."""
+    write_images(tmp_path, CAPTIONS)
+    (tmp_path / "01.png").unlink()
+    rows = [dict(file_name="00.png", text="a"), dict(file_name="01.png", text="b"), dict(file_name="02.png")]
+    rows += [dict(text="c"), dict(file_name=5, text="d"), dict(file_name="a\0b", text="e")]
+    rows += [dict(file_name="00.png", text=[]), dict(file_name="00.png", text=["a", None])]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found, said = examples(train_data_dir=str(tmp_path)), []
+    for i in range(len(found)):
+        try:
+            found[i].data()
+        except UserError as error:
+            said.append(str(error))
+    wanted = [
+        "01.png: No such file",
+        "02.png: no text in its row of metadata.jsonl",
+        "row 3: no image in it",
+        "row 4: no image in it",
+        "a\0b: embedded null byte",
+        "00.png: its list of captions is empty",
+        "00.png: its caption is None, not text",
+    ]
+    assert len(said) == len(wanted) and all(map(str.startswith, said, wanted)), said
+
+
+def test_a_pipe_a_device_and_a_folder_are_no_pictures(tmp_path):
+    """A pipe that nobody fills would hold the command for ever, and a device has no end."""
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,y\nc,z\n")
+    found = examples(train_data_dir=str(tmp_path))
+    for i in range(3):
+        with pytest.raises(UserError, match=r"^(a.png|b.png|c): not a file but a folder, pipe or device; remove it"):
+            found[i].data()
+
+
+def test_a_file_that_is_larger_than_any_picture_is_not_read(tmp_path):
+    write_metadata(tmp_path, ["a"])
+    os.truncate(tmp_path / "00.png", 2**31 + 1)
+    with pytest.raises(UserError, match=r"^00.png: 2.0 GiB; a picture's file has at most 2"):
+        examples(train_data_dir=str(tmp_path))[0].data()
+
+
+def test_several_captions(tmp_path):
+    """The lines of a .txt and a list in a row are captions each; a line break in a table's caption is none."""
+    (path,) = write_images(tmp_path / "texts", ["a"])
+    path.with_suffix(".txt").write_text("a red ball\r\n\n  1girl, ball \n", newline="")
+    assert examples(train_data_dir=str(tmp_path / "texts"))[0].captions == ("a red ball", "1girl, ball")
+    found = examples(train_data_dir=str(write_metadata(tmp_path / "table", [["a", "b"], "two\nlines"])))
+    assert [found[i].captions for i in range(2)] == [("a", "b"), ("two\nlines",)]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '"file_name text"', "null", "5"])
+def test_lines_of_a_table_that_are_no_rows_are_refused(line, tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(UserError, match="metadata.jsonl, row 0: ") as error:
+        examples(train_data_dir=str(tmp_path))
+    assert len(str(error.value)) < 400

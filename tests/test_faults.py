@@ -43,6 +43,7 @@ from conftest import (
     TOKEN,
     TRAIN,
     Forked,
+    as_a_user,
     caption_rows,
     change_cache,
     command,
@@ -1403,6 +1404,77 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     left_out = dict(cache.manifest["skipped"])
     assert left_out.keys() == {name for name, (_, _, why) in rows.items() if why}
     assert all(rows[name][2] in why for name, why in left_out.items())
+
+
+def test_what_lies_among_the_pictures_and_is_none_is_left_out_by_name(tmp_path):
+    """Pipes, devices, links to nothing, what a user may not read, and what would start a program."""
+    source, programs = tmp_path / "source", tmp_path / "programs"
+    (source / "closed").mkdir(parents=True)
+    good = encoded(Image.effect_noise((80, 80), 50).convert("RGB"))
+    for name in ("good", "closed/in", "eps", "denied", "pipe", "device", "nowhere", "mute", "latin"):
+        (source / f"{name}.txt").write_text("a picture")
+        if name not in ("pipe", "device", "nowhere"):
+            (source / f"{name}.png").write_bytes(good)
+    (source / "eps.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    os.mkfifo(source / "pipe.png")
+    (source / "device.png").symlink_to("/dev/zero")
+    (source / "nowhere.png").symlink_to(tmp_path / "gone")
+    (source / "mute.txt").unlink()
+    (source / "latin.txt").write_bytes(b"f\xfcchse")
+    (source / "denied.png").chmod(0)
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    words = ("--output_dir", tmp_path / "run", "--train_data_dir", source, *PRECOMPUTE)
+    user = dict(env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}, preexec_fn=as_a_user)
+    wanted = {
+        "closed": "a folder that cannot be read (Permission denied)",
+        "denied.png": "Permission denied",
+        "device.png": "not a file but a folder, pipe or device",
+        "eps.png": "not a picture that can be read (none of PNG, ",
+        "latin.png": "latin.txt: 'utf-8' codec can't decode",
+        "mute.png": "no metadata.jsonl in the folder and no mute.txt next to it",
+        "nowhere.png": "No such file or directory",
+        "pipe.png": "not a file but a folder, pipe or device",
+    }
+    (source / "closed").chmod(0)
+    try:
+        output = command("data.precompute", *words, code=2, **user)
+        command("data.precompute", *words, "--skip_bad", **user)
+    finally:
+        (source / "closed").chmod(0o755)
+    assert "8 of 9 rows cannot be used, listed above" in one_line_error(output)
+    listed = dict(line.split(": ", 1) for line in output.splitlines() if line.split(": ")[0] in wanted)
+    cache = Cache(tmp_path / "run" / "cache")
+    assert cache.names(range(len(cache))) == ["good.png"] and not (tmp_path / "started").exists()
+    for found in (listed, dict(cache.manifest["skipped"])):
+        assert found.keys() == wanted.keys() and all(found[name].startswith(wanted[name]) for name in wanted), found
+
+
+def test_a_cache_of_the_earlier_format_keeps_its_captions(cached, pictures, tmp_path, done, log, capsys):
+    """Format 2 had moments-HxW.rows, one caption a picture, and pictures in whatever colours they had."""
+    run = tmp_path / "run"
+    shutil.copytree(cached, run)
+    cache = run / "cache"
+    for kind in ("rows", "keys"):
+        (cache / f"posteriors-64x64.{kind}").rename(cache / f"moments-64x64.{kind}")
+    (cache / "captions.npy").unlink()
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for name in ("checksum", "buckets", "posterior_shapes", "keys", "identity", "decoder"):
+        del manifest[name]
+    manifest |= dict(version=2, sizes=[[64, 64]], moments_shapes=[[2, 4, 8, 8]])
+    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    (cache / "manifest.json").write_text(json.dumps(manifest | dict(checksum=checksum), indent=1))
+    assert "written by another version; run python -m data.precompute again, it keeps" in refused(trainer(run, log), 2)
+    precompute(run, pictures)
+    out = capsys.readouterr().out
+    assert "its format is 2, here it is 3: captions of the same encoders are kept, pictures are encoded again" in out
+    assert f"{PICTURES} of {PICTURES} rows to encode: {PICTURES} images new; " in out
+    assert not done["captions"] and len(done["pictures"]) == PICTURES
+    found = content(run)
+    assert all(blob == found[name] for name, blob in content(cached).items())
 
 
 DATA = {  # flags -> what the line says

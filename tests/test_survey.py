@@ -177,6 +177,79 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(source, tmp_path, do
     assert len(set(captions)) == 3 and len(set(index["picture"])) == PICTURES - 2
 
 
+def test_all_that_is_wrong_is_listed_at_once(source, tmp_path, capsys):
+    """Not one after another, each after minutes of looking; and --skip_bad leaves out exactly these."""
+    (source / "001.png").write_bytes(b"<html>")
+    (source / "002.png").unlink()
+    edit_captions(source, lambda rows: [dict(row, text=None) if i == 5 else row for i, row in enumerate(rows)])
+    with pytest.raises(UserError, match="^3 of 8 rows cannot be used, listed above; repair or remove .*--skip_bad"):
+        precompute(tmp_path / "run", source)
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in listed] == ["001.png", "002.png", "005.png"]
+    assert "None, not text" in listed[2] and not (tmp_path / "run" / "cache" / "index.npy").exists()
+    precompute(tmp_path / "run", source, "--skip_bad")
+    assert "5 rows: 5 at 64 × 64; none held out; 3 rows left out\n" in capsys.readouterr().out
+    skipped = Cache(tmp_path / "run" / "cache").manifest["skipped"]
+    assert [f"{name}: {why}" for name, why in skipped] == listed
+
+
+def test_nothing_changed_is_said_only_where_nothing_did(source, tmp_path, capsys):
+    """Nothing is to be encoded in any of these, and each is another cache than before."""
+    run = tmp_path / "run"
+
+    def said(*flags):
+        capsys.readouterr()
+        precompute(run, source, *flags)
+        return capsys.readouterr().out
+
+    said()
+    for change, why in (
+        (lambda rows: [dict(rows[0], text=rows[1]["text"]), *rows[1:]], "1 row changed, encoded already"),
+        (lambda rows: rows[::-1], "another order"),
+        (lambda rows: [*rows, rows[0]], "1 row added, encoded already"),
+        (
+            lambda rows: [*rows[:-2], dict(rows[-2], text=rows[0]["text"])],
+            "1 row changed, encoded already; 1 row removed",
+        ),
+    ):
+        edit_captions(source, change)
+        assert f" rows to encode: {why}; 0 MiB" in said("--explain")
+        said()
+    pattern = r"; (\d) held out.*\n0 of 8 rows to encode: \1 rows? held out otherwise; "
+    assert re.search(pattern, said("--validation_fraction", 0.3))
+    (run / "cache" / "manifest.json").unlink()
+    assert "0 of 8 rows to encode: 8 rows without an index, encoded already; " in said()
+    assert "0 of 8 rows to encode: nothing changed; " in said()
+
+
+def test_another_decoder_encodes_pictures_again(cached, pictures, tmp_path, monkeypatch, capsys, done):
+    """Two versions of Pillow decode one JPEG to different pixels."""
+    shutil.copytree(cached, tmp_path / "run")
+    monkeypatch.setattr("data.survey.DECODER", "Pillow 99")
+    monkeypatch.setattr("data.precompute.DECODER", "Pillow 99")
+    precompute(tmp_path / "run", pictures)
+    assert (
+        f"{PICTURES} of {PICTURES} rows to encode: {PICTURES} images for another decoder; " in capsys.readouterr().out
+    )
+    assert len(done["pictures"]) == PICTURES and not done["captions"]
+
+
+def test_the_overview_counts_what_a_user_wants_to_know(tmp_path, capsys):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    pictures = (("a", (128, 128), "one"), ("b", (30, 20), ""), ("c", (200, 90), "one\ntwo"), ("d", (128, 128), "three"))
+    for name, size, caption in pictures:
+        Image.new("RGB", size, "red").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption)
+    precompute(tmp_path / "run", folder, "--buckets", "--resolution", 128, "--explain")
+    found = capsys.readouterr().out.splitlines()[0]
+    assert found == (
+        "4 rows: 2 at 128 × 128, 2 at 128 × 64; none held out; 1 picture enlarged, e.g. b.png; "
+        "1 row with an empty caption, e.g. b.png; 1 row with several captions, e.g. c.png; "
+        "1 row with a picture that an earlier one has, e.g. d.png"
+    )
+
+
 # ---- Held out
 
 
@@ -217,6 +290,18 @@ def test_what_is_held_out_is_a_share_chosen_by_content(tmp_path):
                 (folder / f"{name}.txt").write_text("another caption")
     for name, out in held_out(folder, 0.2).items():
         assert out == some[name[-7:]], name
+
+
+def test_one_picture_at_least_is_held_out_when_there_are_two(tmp_path):
+    """A validation on nothing says nothing; and a picture and its copy are never on both sides."""
+    folder = small_pictures(tmp_path / "d", 3)
+    (out,) = (name for name, held in held_out(folder, 1e-9).items() if held)
+    shutil.copy(folder / out, folder / "copy.png")
+    (folder / "copy.txt").write_text("x")
+    assert sum(held_out(folder, 1e-9).values()) == 2
+    for path in folder.glob("0*.png"):
+        path.unlink()
+    assert held_out(folder, 1e-9) == {"copy.png": False}
 
 
 def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
