@@ -41,21 +41,24 @@ class TextEncoders:
 
     def load(self, device):
         """Load them onto `device`. Raises UserError when they cannot tell two captions apart."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         self.tokenizers = [_read(component, CLIPTokenizer) for component in self.tokenizer_components]
-        for tokenizer, component in zip(self.tokenizers, self.tokenizer_components):
+        for tokenizer, component, encoder in zip(self.tokenizers, self.tokenizer_components, self.encoder_components):
             if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
                 raise UserError(
                     f"{component.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again"
                 )
+            if max(tokenizer.get_vocab().values()) >= encoder.config()["vocab_size"]:
+                raise UserError(
+                    f"{component.folder}: it has tokens that {encoder.folder} does not know; download the model again"
+                )
         self.encoders = []
         for kind, component in zip((CLIPTextModel, CLIPTextModelWithProjection), self.encoder_components):
-            encoder, report = _read(
-                component, kind, variant=component.variant, dtype=self.dtype, output_loading_info=True
-            )
+            how = dict(variant=component.variant, dtype=self.dtype, output_loading_info=True)
+            encoder, report = _read(component, kind, config=CLIPTextConfig(**component.config()), **how)
             if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
                 more = len(missing) - 1
                 raise UserError(
@@ -123,10 +126,12 @@ class TextEncoders:
 
 def _read(component, kind, **how):
     """kind.from_pretrained of the component. Raises UserError naming the folder."""
+    damage = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
     try:
         return kind.from_pretrained(component.folder, **how)
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
-        if out_of_memory(error):
+    except Exception as error:
+        bare = type(error) is Exception  # the tokenizers package raises nothing more precise
+        if out_of_memory(error) or not (bare or isinstance(error, damage)):
             raise
         reason = str(error).split("\n")[0]
         raise UserError(

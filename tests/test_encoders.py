@@ -120,6 +120,14 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(model):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
 
+def test_tokens_that_the_encoder_does_not_know_are_refused(model):
+    """As a padding token that is not in the vocabulary becomes: the encoder would look behind its last row."""
+    config = model / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"pad_token": "!"', '"pad_token": "<pad>"'))
+    with pytest.raises(UserError, match="tokenizer_2: it has tokens that .*text_encoder_2 does not know"):
+        TextEncoders(Model(str(model)), "no").load(CPU)
+
+
 def test_encoders_that_cannot_tell_captions_apart_are_refused(model):
     for part in ("text_encoder", "text_encoder_2"):
         path = model / part / "model.safetensors"
@@ -148,6 +156,9 @@ def cut(path):
 
 
 DAMAGED = {
+    "tokenizer_2/tokenizer.json": lambda path: path.write_text(
+        path.read_text().replace('"version": "1.0"', '"version": 1')
+    ),
     "text_encoder/model.safetensors": cut,
     "tokenizer/tokenizer.json": cut,
     "text_encoder_2/config.json": lambda path: path.write_text(
@@ -179,7 +190,7 @@ def test_too_little_memory_is_no_damage(monkeypatch):
 def test_a_vae_without_its_scaling_factor_is_refused_before_anything_is_encoded(model):
     config = model / "vae" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "scaling_factor"}))
-    with pytest.raises(UserError, match=r"vae/config.json: no scaling_factor in it, a number .* is needed"):
+    with pytest.raises(UserError, match=r"vae/config.json: no scaling_factor in it, which must be a number"):
         VAE(Model(str(model)), "no")
 
 

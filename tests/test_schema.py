@@ -163,7 +163,7 @@ def test_sdxls_own_configs_are_let_in(model):
 
 
 OTHER_MATHEMATICS = [  # what models that people have say, and what the line names
-    ("unet", dict(in_channels=9), "in_channels is 9, 4 is needed"),  # inpainting
+    ("unet", dict(in_channels=9), "in_channels is 9 instead of 4"),  # inpainting
     ("unet", dict(in_channels=8), "in_channels is 8"),  # editing pictures
     ("unet", dict(layers_per_block=1), "layers_per_block is 1"),  # Koala: the exported names would be wrong
     ("unet", dict(time_cond_proj_dim=256), "time_cond_proj_dim is 256"),  # LCM
@@ -172,7 +172,7 @@ OTHER_MATHEMATICS = [  # what models that people have say, and what the line nam
     ("unet", dict(projection_class_embeddings_input_dim=2560), "wants pooled text of width"),  # a refiner
     ("unet", dict(quantization_config=dict(bits=4)), '"quantization_config" is an object of 1 fields: not known here'),
     ("unet", dict(center_input_sample=True), "center_input_sample is true"),
-    ("vae", dict(latent_channels=16, shift_factor=0.1159), "latent_channels is 16, 4 is needed"),  # SD 3's, Flux's
+    ("vae", dict(latent_channels=16, shift_factor=0.1159), "latent_channels is 16 instead of 4"),  # SD 3's, Flux's
     ("vae", dict(shift_factor=0.1159), "shift_factor is 0.1159"),
     ("vae", dict(latents_mean=[-1.6574, 1.886, -1.383, 2.5155]), "latents_mean is"),  # Playground 2.5
     ("vae", dict(latents_std=[8.4927, 5.9022, 6.5498, 5.2299]), "latents_std is"),
@@ -297,11 +297,11 @@ def test_fields_are_checked_and_filled_in():
 @pytest.mark.parametrize(
     "values, words",
     [
-        (dict(steps=True, kind="a"), "x: steps is true, a whole number from 1 to 10 is needed; do y"),
-        (dict(steps=1.0, kind="a"), "x: steps is 1.0, a whole"),
-        (dict(kind="a"), "x: no steps in it, a whole"),
-        (dict(steps=1, kind="b"), 'x: kind is "b", "a" or null is needed'),
-        (dict(steps=1, kind="a", rate=2), "x: rate is 2, a number from 0 to 1"),
+        (dict(steps=True, kind="a"), "x: steps is true instead of a whole number from 1 to 10; do y"),
+        (dict(steps=1.0, kind="a"), "x: steps is 1.0 instead of a whole"),
+        (dict(kind="a"), "x: no steps in it, which must be a whole"),
+        (dict(steps=1, kind="b"), 'x: kind is "b" instead of "a" or null'),
+        (dict(steps=1, kind="a", rate=2), "x: rate is 2 instead of a number from 0 to 1"),
         (dict(steps=1, kind="a", more=1), 'x: "more" is 1: not known here'),
         ([], "x: holds [] instead of named fields"),
     ],
@@ -310,6 +310,17 @@ def test_a_broken_rule_is_named(values, words):
     with pytest.raises(UserError) as refused:
         check_fields(TABLE, values, "x", "do y")
     assert str(refused.value).startswith(words)
+
+
+def test_an_object_inside_has_a_table_of_its_own():
+    assert check_fields({"inside": TABLE}, {"inside": dict(steps=1, kind="a")}, "x", "y")["inside"]["rate"] == 0.5
+    for odd, words in (
+        (None, "x: inside: holds null instead"),
+        (dict(steps=0, kind="a"), "x: inside: steps is 0 instead"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_fields({"inside": TABLE}, {"inside": odd}, "x", "y")
+        assert str(refused.value).startswith(words)
 
 
 def test_values_are_shown_on_one_short_line():

@@ -59,8 +59,8 @@ def add(source):
 
 def another_vae(source):
     shutil.copytree(PIPELINE / "vae", source / "vae")
-    with open(source / "vae" / "config.json", "a") as file:
-        file.write(" ")
+    config = source / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.13025", "0.13026"))
     return "--pretrained_vae_model_name_or_path", source / "vae"
 
 

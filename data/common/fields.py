@@ -87,7 +87,8 @@ def either(*rules, missing=REQUIRED, changes=True):
 def check_fields(table, values, where, advice):
     """-> {name: value} of all fields that `table` has a rule for, with what the missing ones mean.
 
-    table: {name: Rule, or None}. where: what the message names, a file. advice: what the user can do.
+    table: {name: Rule, None, or the table of an object inside}. where: what the message names, a file. advice: what the
+    user can do.
     Raises UserError naming the first field that breaks its rule, is missing, or is unknown and not off.
     """
     if type(values) is not dict:
@@ -101,11 +102,14 @@ def check_fields(table, values, where, advice):
     for name, rule in table.items():
         if rule is None:
             continue
+        if type(rule) is dict:
+            found[name] = check_fields(rule, values.get(name), f"{where}: {name}", advice)
+            continue
         value = values.get(name, rule.missing)
         if value is REQUIRED:
-            raise UserError(f"{where}: no {name} in it, {rule.wanted} is needed; {advice}")
+            raise UserError(f"{where}: no {name} in it, which must be {rule.wanted}; {advice}")
         if not rule.fits(value):
-            raise UserError(f"{where}: {name} is {shown(value)}, {rule.wanted} is needed; {advice}")
+            raise UserError(f"{where}: {name} is {shown(value)} instead of {rule.wanted}; {advice}")
         found[name] = value
     return found
 

@@ -14,10 +14,26 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from data.common.fields import Rule, check_fields, each, loads, text, whole
 from data.common.safe import UserError, sha256_file
 from data.models.schema import CONFIGS
 
 CHUNK = 2**22  # bytes that are read and digested at once
+LONGEST = 10**8  # bytes of a header, as the format has it
+TENSOR = {"dtype": text(), "shape": each(whole(0, 2**48), 0, 16), "data_offsets": each(whole(0, 2**48), 2)}
+
+
+def _are_identities(value):
+    if type(value) is not dict or not value.keys() <= CONFIGS.keys():
+        return False
+    for of in value.values():
+        if type(of) is not dict or of.keys() != IDENTITY.keys() or not all(IDENTITY[n].fits(v) for n, v in of.items()):
+            return False
+    return True
+
+
+IDENTITY = {"config": text(32), "content": text(32), "seen": each(each(whole(0, 2**64), 4), 0, 1000)}
+IDENTITIES = Rule("the identities of a model's components", _are_identities)  # for a manifest's table of fields
 
 
 def identity(component, before=None):
@@ -90,17 +106,23 @@ def _tensors(path):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
+            if length > min(size, LONGEST):
+                raise ValueError("cut off, or no safetensors file")
+            header = loads(file.read(length))
+        if type(header) is not dict:
+            raise ValueError("its header names no tensors")
         for name, facts in header.items():
+            if name == "__metadata__":
+                continue
+            check_fields(TENSOR, facts, name, "")
             begin, end = (8 + length + offset for offset in facts["data_offsets"])
-            if not 8 + length <= begin <= end <= size:
+            if not begin <= end <= size:
                 raise ValueError(f"{name} is cut off")
             # transformers writes an encoder's names with or without a prefix, and positions, which are just 0, 1, 2 …
             name = name.removeprefix("text_model.")
             if name != "embeddings.position_ids":
                 found.append((path, name, facts["dtype"], facts["shape"], begin, end))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         raise UserError(f"{path.parent}: its weights are damaged ({error}); download the model again") from None
     return found
 

@@ -107,7 +107,7 @@ _SCHEDULERS = ["DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolver
 _SCHEDULERS += ["EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"]
 _SCHEDULERS += ["LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"]
 _scheduler = Rule(
-    "a scheduler that noises as DDPM does, such as EulerDiscreteScheduler,",
+    "a scheduler that noises as DDPM does, such as EulerDiscreteScheduler",
     [f"{name}Scheduler" for name in _SCHEDULERS].__contains__,
     missing="EulerDiscreteScheduler",
     changes=False,

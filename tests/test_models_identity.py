@@ -13,7 +13,7 @@ from data.cache import read_manifest
 from data.common.safe import UserError
 from data.models import identity as module
 from data.models.files import Model
-from data.models.identity import check_unchanged, identities, identity
+from data.models.identity import IDENTITIES, check_unchanged, identities, identity
 from data.models.schema import CONFIGS
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -117,6 +117,24 @@ def test_files_that_look_as_they_did_are_not_read_again(model, monkeypatch):
     assert not [path for path in read if path.suffix == ".safetensors"]
     os.utime(path_of(model, "vae"), ns=(0, 0))
     assert check_unchanged(there, named, named, "") and read == [path_of(model, "vae")]
+
+
+def test_identities_that_were_written_down_are_recognised(model):
+    """By the rule that a manifest's table has for them."""
+    named = Model(str(model))
+    there = json.loads(json.dumps(identities(named, named)))
+    assert IDENTITIES.fits(there) and IDENTITIES.fits({"vae": there["vae"]})
+    vae = there["vae"]
+    for odd in (
+        None,
+        [],
+        {"x": vae},
+        {"vae": 1},
+        {"vae": {}},
+        {"vae": vae | {"config": 1}},
+        {"vae": vae | {"seen": [[1]]}},
+    ):
+        assert not IDENTITIES.fits(odd)
 
 
 def test_what_is_not_there_any_more_is_passed_over(model):
