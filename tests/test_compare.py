@@ -236,7 +236,7 @@ def test_more_steps_than_the_schedule_has_are_refused(run, trained, monkeypatch)
     """Some of them would do nothing. It is said before anything is loaded."""
     monkeypatch.setattr("infer.compare.TextEncoders", None)
     config = Component.config
-    short = lambda self, name="config.json": config(self, name) | dict(num_train_timesteps=20)
+    short = lambda self: config(self) | dict(num_train_timesteps=20)
     monkeypatch.setattr(Component, "config", short)
     with pytest.raises(UserError, match=r"--num_inference_steps 21: the schedule of .* has 20 steps"):
         compare(trained, "x", num_inference_steps=21)

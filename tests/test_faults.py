@@ -589,7 +589,7 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
 SMALL_FILES = {  # (command, free pages) -> the file that does not fit; it waits in a buffer and fails when it is closed
     ("data.precompute", 47): "posteriors-64x64.keys",
     ("data.precompute", 48): "index.npy",
-    ("data.precompute", 50): "manifest.json",
+    ("data.precompute", 51): "manifest.json",
     ("train", 0): "rows.npz",
     ("train", 1): "run.json",
     ("train", 2): "metrics.jsonl",
@@ -1395,7 +1395,8 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     }
     blobs, captions = {name: row[0] for name, row in rows.items()}, [row[1] for row in rows.values()]
     source = folder_of(tmp_path / "source", blobs, captions)
-    assert "thread.png: " in refused(precomputer(tmp_path / "stopped", source, log), 2)  # the first that is bad
+    assert "4 of 8 rows cannot be used, listed above" in refused(precomputer(tmp_path / "stopped", source, log), 2)
+    assert all(f"{name}: " in log.read_text() for name, row in rows.items() if row[2])  # all of them at once
     process = precomputer(tmp_path / "run", source, log, "--skip_bad")
     assert process.wait() == 0, process.output
     assert "longer than CLIP reads: 1 caption;" in process.output and "4 rows left out" in process.output
