@@ -11,8 +11,8 @@ from conftest import PIPELINE, PROMPTS, here, settings
 from PIL import Image, ImageFont
 
 from data.common.safe import NumbersError, UserError
-from data.models.files import Component
-from infer.compare import difference, encode, models
+from data.models.files import Model
+from infer.compare import check_steps, difference, encode, models
 from infer.grid import CELL, _wrap, grid
 from infer.sample import noise, sample
 
@@ -232,14 +232,11 @@ def test_a_report_never_tells_of_other_pictures_or_weights(run, tmp_path, monkey
     assert json.loads((folder / "compare" / "report.json").read_text())["lora"]["sha256"] == sha
 
 
-def test_more_steps_than_the_schedule_has_are_refused(run, trained, monkeypatch):
+def test_more_steps_than_the_schedule_has_are_refused():
     """Some of them would do nothing. It is said before anything is loaded."""
-    monkeypatch.setattr("infer.compare.TextEncoders", None)
-    config = Component.config
-    short = lambda self: config(self) | dict(num_train_timesteps=20)
-    monkeypatch.setattr(Component, "config", short)
-    with pytest.raises(UserError, match=r"--num_inference_steps 21: the schedule of .* has 20 steps"):
-        compare(trained, "x", num_inference_steps=21)
+    check_steps(Model(str(PIPELINE)), 1000)
+    with pytest.raises(UserError, match="--num_inference_steps 1001: the schedule of .* has 1000 steps"):
+        check_steps(Model(str(PIPELINE)), 1001)
 
 
 def test_a_prompt_longer_than_clip_reads_is_said(trained, capsys):
