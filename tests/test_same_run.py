@@ -147,6 +147,7 @@ def test_a_second_restart_keeps_both(fresh):
     assert same_run.earlier(fresh) == fresh / "earlier-3" and len(list((fresh / "cache").iterdir())) > PICTURES // 2
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_number_of_threads_that_it_began_with(cached, tmp_path):
     """On a CPU they decide the last bits: resumed on a machine with other cores, the run would end with other bytes."""
     threads = {"once": ("2",), "resumed": ("2", "1"), "one": ("1",)}
