@@ -28,12 +28,38 @@ from pathlib import Path
 
 import numpy as np
 
+from data.common import fields
 from data.common.ahead import ahead
 from data.common.safe import MachineError, UserError, atomic_write, naming, sha256_file
 from data.common.words import many
+from data.models.identity import IDENTITIES
 
 VERSION = 3
 REPAIR = "run python -m data.precompute again, it repairs it"
+_digest = fields.text(64)
+_name = fields.either(fields.text(4096), fields.one_of(None), missing=None)
+_model = {"name": fields.text(4096), "revision": _name, "variant": _name}
+MANIFEST = {
+    "version": fields.only(VERSION),
+    "model": _model,
+    "vae": _model,
+    "components": IDENTITIES,
+    "identity": {"text_encoders": fields.text(), "vae": fields.text()},
+    "decoder": fields.text(),
+    "resolution": fields.whole(64, 8192),
+    "scaling_factor": fields.number(1e-3, 1e3),
+    "buckets": fields.each(fields.each(fields.whole(64, 16384), 2), 1, 1000),
+    "posterior_shapes": fields.each(fields.each(fields.whole(1, 2048), 4), 1, 1000),
+    "text_shape": fields.each(fields.whole(1, 65536), 2),
+    "pooled_shape": fields.each(fields.whole(1, 65536), 1),
+    "unconditional": fields.whole(0, 2**31),
+    "rows": fields.whole(0, 2**31),
+    "held_out": fields.whole(0, 2**31),
+    "skipped": fields.each(fields.each(fields.text(10**5), 2), 0, 2**31),
+    "content": _digest,
+    "files": fields.named(_digest),
+    "keys": fields.named(_digest),
+}
 COMMIT_SECONDS = 1  # of work that a killed writer has to do again, besides the batches that the encoders have under way
 KEY = np.dtype([("key", "S32"), ("crc", "<u4")])
 INDEX = np.dtype(
@@ -263,20 +289,24 @@ def read_manifest(folder):
     """The manifest of a finished cache. Raises UserError saying which command makes one."""
     path = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
-        whole = manifest.pop("checksum") == _checksum(manifest)
+        manifest = fields.loads(path.read_bytes())
+        same = manifest.pop("checksum") == _checksum(manifest)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no finished cache here; run python -m data.precompute --output_dir {Path(folder).parent}"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or something else
-        whole = False
-    if not whole:
+        same = False
+    if not same:
         raise UserError(f"{path}: damaged, or of an earlier version; {REPAIR}")
     if manifest["version"] != VERSION:
         raise UserError(
             f"{path}: written by another version; run python -m data.precompute again, it keeps what it can use"
         )
+    advice = "delete it, and run python -m data.precompute again"
+    manifest = fields.check_fields(MANIFEST, manifest, path, advice)
+    if len(manifest["buckets"]) != len(manifest["posterior_shapes"]):
+        raise UserError(f"{path}: as many posterior_shapes as buckets are needed; {advice}")
     return manifest
 
 
@@ -297,7 +327,7 @@ def _whole(folder, manifest, name):
     """The path of one of the cache's files. Raises UserError when it is not the file that the manifest tells of."""
     path = Path(folder) / name
     try:
-        whole = sha256_file(path) == manifest["files"][name]
+        whole = sha256_file(path) == manifest["files"].get(name)
     except OSError:
         whole = False
     if not whole:
@@ -386,7 +416,7 @@ class Cache:
         captions = np.append(self.caption_rows, self.manifest["unconditional"])
         keys = _keys(self.index, captions, self.captions, self.posteriors)
         for name in keys:
-            if keys[name] != self.manifest["keys"][name]:
+            if keys[name] != self.manifest["keys"].get(name):
                 raise UserError(f"{self.folder / name}.rows: not the rows that the index was made for; {REPAIR}")
 
     def __len__(self):

@@ -1,6 +1,7 @@
 """The cache on disk: rows found by what they are made of, committed one by one, checked when read."""
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import caption_rows, change_cache, edit_captions, precompute
 
-from data.cache import KEY, Cache, Rows, read_manifest
+from data.cache import KEY, Cache, Rows, _checksum, read_manifest
 from data.common.safe import MachineError, UserError
 
 SHAPE = (3, 5)
@@ -381,6 +382,32 @@ def test_without_a_good_manifest_there_is_no_cache(message, fresh):
     DAMAGE[message](path)
     with pytest.raises(UserError, match=message):
         Cache(fresh / "cache")
+
+
+ODD = [
+    ("text_shape", None),
+    ("posterior_shapes", []),
+    ("posterior_shapes", [[2, 4, 8, 8], [2, 4, 8, 8]]),
+    ("buckets", [[64, -64]]),
+    ("model", {"revision": None}),
+    ("components", {"vae": 1}),
+    ("unconditional", 2**63),
+    ("scaling_factor", float("inf")),
+    ("resolution", True),
+    ("new", "field"),
+]
+
+
+@pytest.mark.parametrize("field, value", ODD)
+def test_a_manifest_that_parses_and_is_odd_is_refused_by_its_field(field, value, fresh):
+    """As another program, or an edit with a right checksum, would leave it."""
+    path = fresh / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {field: value}
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest | {"checksum": _checksum(manifest)}))
+    with pytest.raises(UserError, match="manifest.json: .*run python -m data.precompute again") as odd:
+        Cache(fresh / "cache")
+    assert field in str(odd.value) or "damaged" in str(odd.value)
 
 
 def test_room_that_a_killed_writer_claimed_is_not_asked_for_again(tmp_path):

@@ -84,6 +84,12 @@ def either(*rules, missing=REQUIRED, changes=True):
     return Rule(wanted, lambda v: any(rule.fits(v) for rule in rules), missing, changes)
 
 
+def named(rule, missing=REQUIRED):
+    """An object whose fields, of any names, all fit `rule`."""
+    fits = lambda v: type(v) is dict and all(map(rule.fits, v.values()))  # noqa: E731
+    return Rule(f"named fields ({rule.wanted} each)", fits, missing)
+
+
 def check_fields(table, values, where, advice):
     """-> {name: value} of all fields that `table` has a rule for, with what the missing ones mean.
 
