@@ -169,6 +169,7 @@ DEEP = "@deep"
 ODD = [None, True, False, -1, 0, 1, 2, 7, 3.5, 1e-300, 1e308, float("nan"), float("-inf"), 2**31, 2**63, -(2**64)]
 ODD += [10**400, "", "x", "../x", "/etc/passwd", "a\nb", "\0", "\ud800", "x" * 10**5, [], {}, [None], {"a": 1}, DEEP]
 ODD += [[1] * 10**5, [4, 4, 4], "float16", "linear", "NaN"]
+ODD += ["F8_E4M3", "BF16", "F64", "I64", "U8", "BOOL"]
 
 
 def places(value, path=()):

@@ -163,3 +163,9 @@ def test_too_small_a_budget_exits_3_and_names_one_that_does(cached, tmp_path):
     shutil.copytree(cached, tmp_path / "run")
     output = command("train", "--output_dir", tmp_path / "run", *TRAIN, "--vram_gib", 0.001, code=3)
     assert "at least --vram_gib 0." in output
+
+
+def test_blocks_of_another_unet_are_refused(unet):
+    """The names come from a state, which may be anybody's."""
+    with pytest.raises(UserError, match="the run's plan is of another UNet .*nowhere"):
+        plan.recompute(unet, ["nowhere.0"])

@@ -1,6 +1,9 @@
 """What resume reads: the same numbers back, the one before when damaged, and never another run's."""
 
+import hashlib
+import json
 import re
+import struct
 from dataclasses import asdict
 
 import pytest
@@ -176,3 +179,54 @@ def test_a_damaged_state_does_not_count_as_one_of_those_that_are_kept(tmp_path):
     setup.save(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.glob("*.state")) == ["000001.state", "000003.state"]
     assert (tmp_path / "000002.damaged").exists()
+
+
+ODD = {  # a field of the facts, and what it becomes
+    "step": -1,
+    "numbers": {"optimizer.step": "x"},
+    "scaler": {"scale": float("inf")},
+    "identity": [],
+    "plan": {"recomputed": "a.b"},
+    "new": "field",
+}
+
+
+def forged(path, change):
+    """Write the state again with change(header, facts), under a right checksum."""
+    blob = path.read_bytes()[:-32]
+    (size,) = struct.unpack("<Q", blob[:8])
+    header = json.loads(blob[8 : 8 + size])
+    facts = json.loads(header["__metadata__"]["state"])
+    change(header, facts)
+    header["__metadata__"]["state"] = json.dumps(facts)
+    text = json.dumps(header).encode()
+    blob = struct.pack("<Q", len(text)) + text + blob[8 + size :]
+    path.write_bytes(blob + hashlib.sha256(blob).digest())
+
+
+@pytest.mark.parametrize("field", ODD)
+def test_facts_that_parse_and_are_odd_are_refused_by_their_field(field, tmp_path):
+    """A right checksum says who wrote the bytes last, not that they make sense."""
+    Setup().step(1).save(tmp_path, 1)
+    forged(tmp_path / "000001.state", lambda header, facts: facts.update({field: ODD[field]}))
+    with pytest.raises(UserError, match=f"000001.state: .*{field}|not a state of this program .*finite"):
+        Setup().load(tmp_path)
+
+
+TENSORS = {
+    "no vector": lambda header, facts: header.pop("vector"),
+    "another dtype": lambda header, facts: header["vector"].update(dtype="I32"),
+    "a moment is missing": lambda header, facts: header.pop("optimizer.exp_avg"),
+    "another name": lambda header, facts: header.update(x=header.pop("optimizer.exp_avg")),
+    "another shape": lambda header, facts: header["vector"].update(shape=[2, header["vector"]["shape"][0] // 2]),
+    "no offsets": lambda header, facts: header["vector"].pop("data_offsets"),
+    "another scaler": lambda header, facts: facts["scaler"].update(scale=1.0),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_are_not_a_states_are_refused(case, tmp_path):
+    Setup().step(1).save(tmp_path, 1)
+    forged(tmp_path / "000001.state", TENSORS[case])
+    with pytest.raises(UserError, match="state.*use another --output_dir or --restart"):
+        Setup().load(tmp_path)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data.common.safe import MachineError
+from data.common.safe import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
 UNUSED = 3 * 2**27  # bytes that the allocator holds without using them: 0.17 to 0.35 GiB were seen at SDXL's size
@@ -32,7 +32,10 @@ class Block:
 
 def recompute(unet, names):
     """Let the blocks of these names compute their activations again in the backward; None means every block."""
-    chosen = None if names is None else {unet.get_submodule(name) for name in names}
+    try:
+        chosen = None if names is None else {unet.get_submodule(name) for name in names}
+    except AttributeError as error:  # the names come from a state
+        raise UserError(f"the run's plan is of another UNet ({error}); use another --output_dir or --restart") from None
 
     def call(block, *args):
         return _checkpoint(block, *args) if chosen is None or block in chosen else block(*args)

@@ -9,13 +9,34 @@ import json
 import struct
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from data.common.fields import Rule, check_fields, each, either, loads, named, number, one_of, only, text, whole
 from data.common.safe import UserError, atomic_write, need_space
 from train.same_run import check_same
 
 VERSION = 2
 KEPT = 2
+ADVICE = "use another --output_dir or --restart"
+_dict = Rule("named fields", lambda value: type(value) is dict)
+FACTS = {
+    "version": only(VERSION),
+    "step": whole(0, 10**9),
+    "numbers": named(number(0, 1e12)),
+    "scaler": named(number(0, 1e38)),
+    "identity": _dict,  # compared field by field with the run's
+    "plan": {
+        "made_for": _dict,
+        "recomputed": either(one_of(None), each(text(), 0, 10**5)),
+        "threads": whole(1, 10**5, missing=1),
+    },
+}
+_of_8_bit = ["step", *(f"{name}{i}" for name in ("state", "qmap", "absmax") for i in (1, 2))]
+OPTIMIZERS = [  # what each keeps; bitsandbytes' keeps few weights in 32 bits
+    {f"optimizer.{name}" for name in names}
+    for names in ([], ["step", "exp_avg", "exp_avg_sq"], _of_8_bit, ["step", "state1", "state2"])
+]
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -57,25 +78,43 @@ def read_state(folder, identity):
         if files:
             raise UserError(f"{folder}: every state is damaged; --restart puts it aside and starts from step 0")
         return None
-    (size,) = struct.unpack("<Q", blob[:8])
-    facts = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
-    if facts.get("version") != VERSION:
-        raise UserError(f"{path}: written by another version of this program; use another --output_dir or --restart")
+    facts, tensors = _parts(path, blob)
     check_same(folder.parent, facts["identity"], identity)
     for other in damaged:  # it does not count as one of those that are kept
         other.rename(other.with_suffix(".damaged"))
-    before = facts["identity"]["max_train_steps"]
+    before = facts["identity"].get("max_train_steps")
     if before != identity["max_train_steps"] and not identity["lr_scheduler"].startswith("constant"):
         print(f"--max_train_steps was {before}: the learning rate goes on along the new schedule")
-    return facts, blob
+    return facts, tensors
+
+
+def _parts(path, blob):
+    """-> (facts, tensors) of a state whose checksum is right. Raises UserError when it is not one of this program's."""
+    try:
+        tensors, (size,) = load(blob), struct.unpack("<Q", blob[:8])
+        facts = loads(loads(blob[8 : 8 + size])["__metadata__"]["state"])
+    except (ValueError, LookupError, TypeError, RecursionError, SafetensorError, struct.error) as error:
+        raise UserError(f"{path}: not a state of this program ({error}); {ADVICE}") from None
+    if type(facts) is dict and facts.get("version", VERSION) != VERSION:
+        raise UserError(f"{path}: written by another version of this program; {ADVICE}")
+    check_fields(FACTS, facts, path, ADVICE)
+    vector = tensors.get("vector")
+    for name in ("vector", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+        value = tensors.get(name, vector)
+        if value is None or value.shape != vector.shape or value.dtype != torch.float32:
+            raise UserError(f"{path}: its {name} is not what this program writes; {ADVICE}")
+    if {name for name in (*tensors, *facts["numbers"]) if name != "vector"} not in OPTIMIZERS:
+        raise UserError(f"{path}: what it holds of the optimizer is not what this program writes; {ADVICE}")
+    return facts, tensors
 
 
 def restore(state, adapters, optimizer, scaler):
     """Put back what read_state gave. -> how many steps are done, and the plan; 0 and None when there was no state."""
     if not state:
         return 0, None
-    facts, blob = state
-    tensors = load(blob)
+    facts, tensors = state
+    if tensors["vector"].shape != adapters.vector.shape or facts["scaler"].keys() != scaler.state_dict().keys():
+        raise UserError(f"the state of step {facts['step']} is another model's or precision's; {ADVICE}")
     with torch.no_grad():
         adapters.vector.copy_(tensors.pop("vector"))
     adapters.refresh()
