@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, command, here, one_line_error, settings
 from test_loop import TRAIN
 
-from data.common.safe import MachineError
+from data.common.safe import MachineError, UserError
 from train import plan
 from train.plan import Block, choose, peak
 
@@ -155,7 +155,7 @@ def test_a_gpu_with_less_memory_than_it_says_exits_3_with_the_knobs(cached, tmp_
     words = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run"), *map(str, TRAIN)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr
-    assert "the GPU is out of memory: use a smaller --vram_gib" in one_line_error(ended.stderr)
+    assert "the GPU is out of memory: training needs less with a smaller --vram_gib" in one_line_error(ended.stderr)
 
 
 @pytest.mark.gpu
