@@ -149,13 +149,12 @@ class VAE:
         from diffusers import AutoencoderKL
 
         torch.backends.cudnn.benchmark = True  # one shape, thousands of times
-        compiled = fused.wanted("auto", device)
-        self.layout = torch.channels_last if compiled else torch.contiguous_format
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
         def prepare(vae):
             vae.decoder = None
             vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
-            fused.fuse(vae, compiled)
+            fused.fuse(vae, device)
 
         self.vae = load(AutoencoderKL, self.part, self.dtype, device, prepare)
         return self

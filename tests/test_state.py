@@ -123,12 +123,11 @@ FREE = {
     "checkpointing_steps",
     "vram_gib",
     "gradient_checkpointing",
-    "compile",
     "no_cuda_graph",
 }
 
 
-def test_every_flag_but_the_seven_that_may_change_is_held(tmp_path):
+def test_every_flag_but_the_six_that_may_change_is_held(tmp_path):
     """Resumed with another seed or cache, a run is a mixture that nobody can repeat; a new flag is held until said otherwise."""
     Setup().step(0).save(tmp_path, 1)
     assert IDENTITY.keys() > FREE

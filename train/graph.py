@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-WARM_UP = 2  # calls before recording: libraries set themselves up and Triton compiles, which cannot be recorded
+WARM_UP = 2  # calls before recording: libraries set themselves up and kernels.cu is compiled, which cannot be recorded
 
 
 class Eager:

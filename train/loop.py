@@ -87,7 +87,7 @@ def setup(settings, run):
     state = read_state(run / "state", identity)
     scheduler = base.part("scheduler").config("scheduler_config.json")
     signal, predicts = diffusion.noise_schedule(scheduler), scheduler.get("prediction_type", "epsilon")
-    unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
+    unet = load_unet(base, cache, dtype, device)
     adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
     optimizer = make_optimizer(adapters, settings)
     # fp16 ends at 6e-8: gradients are computed of a scaled loss, and the scale found by trying
@@ -157,12 +157,12 @@ def describe(r, settings, step):
     return f"step {step + 1}, {', '.join(names)}, timesteps {times}; {where}"
 
 
-def load_unet(base, cache, dtype, device, compiled):
+def load_unet(base, cache, dtype, device):
     """The base model's UNet, frozen. Raises UserError when it is not SDXL's kind or does not fit the cached text."""
 
     def prepare(unet):
         fuse_projections(unet)
-        fused.fuse(unet, compiled)
+        fused.fuse(unet, device)
 
     unet = load(UNet2DConditionModel, base.part("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]
