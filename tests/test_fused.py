@@ -36,9 +36,9 @@ def test_the_fused_unet_equals_diffusers_own(unet):
     assert (
         len(
             {type(m).__name__ for m in unet.modules()}
-            & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedGroupNorm"}
+            & {"FusedGEGLU", "FusedResnet", "FusedTransformer", "FusedBlock", "FusedGroupNorm"}
         )
-        == 4
+        == 5
     )
     for theirs, ours in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
@@ -58,7 +58,13 @@ def test_the_fused_vae_equals_diffusers_own():
 def test_nothing_of_diffusers_own_is_left(unet):
     """A module that was passed over would keep its activations, and the memory plan of a T4 would not hold."""
     fused.fuse(unet, CPU)
-    left = {type(m).__name__ for m in unet.modules()} & {"GEGLU", "ResnetBlock2D", "Transformer2DModel", "SiLU"}
+    left = {type(m).__name__ for m in unet.modules()} & {
+        "GEGLU",
+        "ResnetBlock2D",
+        "Transformer2DModel",
+        "BasicTransformerBlock",
+        "SiLU",
+    }
     assert left <= {"SiLU"}  # of the time embedding
 
 
@@ -93,7 +99,10 @@ def test_gradients_equal_finite_differences():
     for silu in (True, False):
         for shift in (None, weight, rand(2, 6)):
             assert torch.autograd.gradcheck(lambda x: fused._GroupNorm.apply(x, shift, weight, bias, 3, 1e-5, silu), x)
-    y = rand(2, 6, 3, 2).requires_grad_()
+    x, y = rand(2, 5, 6).requires_grad_(), rand(2, 5, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fused._AddLayerNorm.apply(x, None, weight, bias, 1e-5), x)
+    assert torch.autograd.gradcheck(lambda x, y: fused._AddLayerNorm.apply(x, y, weight, bias, 1e-5), (x, y))
+    x, y = rand(2, 6, 3, 2).requires_grad_(), rand(2, 6, 3, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: fused._Add.apply(x, y, bias), (x, y))
 
 
@@ -131,7 +140,7 @@ def test_the_kernels_compile_for_every_gpu_and_fit_a_t4(nvrtc, architecture, num
 def test_sizes_that_stand_in_both_files_are_the_same():
     """With other rows than the launcher counts with, pixels would be left out."""
     source = kernels.SOURCE.read_text()
-    for name in ("LANES", "ROWS", "REDUCERS"):
+    for name in ("LANES", "ROWS"):
         assert f"#define {name} {getattr(kernels, name)}\n" in source
 
 
@@ -151,6 +160,23 @@ def test_the_gpus_geglu_equals_fp64(dtype, limit):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 5, 48), (3, 77, 30), (1, 1024, 1280), (1, 4096, 640)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("one", [True, False])
+def test_the_gpus_layer_norm_of_a_sum_equals_fp64(shape, dtype, limit, one):
+    """With a mean several deviations from zero, of x alone and of a sum, whose own gradient is added to the norm's."""
+    x, dtotal, dout = ((torch.randn(shape, device="cuda") * 2 + c).to(dtype) for c in (6, 0, 0))
+    y = None if one else torch.randn(shape, device="cuda").to(dtype)
+    weight, bias = (torch.randn(shape[-1], device="cuda").to(dtype) for _ in range(2))
+    total, out, *statistics = kernels.add_layer_norm(x, y, weight, bias, 1e-5)
+    dx = kernels.add_layer_norm_backward(dtotal, dout, total, weight, bias, *statistics)
+    exact = (x.double() + (0 if one else y.double())).requires_grad_()
+    wanted = F.layer_norm(exact, shape[-1:], weight.double(), bias.double(), 1e-5)
+    (gradient,) = torch.autograd.grad([exact * 1, wanted], exact, [dtotal.double(), dout.double()])
+    assert off(total, exact.detach()) < limit and off(out, wanted.detach()) < limit and off(dx, gradient) < limit
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -161,8 +187,8 @@ def test_the_gpus_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
     x = (torch.randn(size, device="cuda") * 2 + 6).to(dtype)
     weight, bias, dy = (torch.randn(s, device="cuda").to(dtype) for s in (size[1], size[1], size))
     shift = dict(none=None, one=weight * 3, each=torch.randn(size[:2], device="cuda").to(dtype) * 3)[shift]
-    y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)
-    dx = kernels.group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, 1e-5, silu)
+    y, *statistics = kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)
+    dx = kernels.group_norm_backward(dy, x, shift, *statistics, weight, bias, groups, 1e-5, silu)
     exact = x.double().requires_grad_()
     shifted = exact if shift is None else exact + shift.double()[..., None, None]
     wanted = F.group_norm(shifted, groups, weight.double(), bias.double(), 1e-5)
@@ -170,7 +196,7 @@ def test_the_gpus_group_norm_equals_fp64(shift, shape, dtype, limit, silu):
     (gradient,) = torch.autograd.grad(wanted, exact, dy.double())
     assert off(y, wanted.detach()) < limit and off(dx, gradient) < limit
     assert y.is_contiguous(memory_format=torch.channels_last)
-    again = kernels.group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, 1e-5, silu)
+    again = kernels.group_norm_backward(dy, x, shift, *statistics, weight, bias, groups, 1e-5, silu)
     assert torch.equal(dx, again)  # no order of additions is left to chance
 
 

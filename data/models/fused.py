@@ -1,13 +1,14 @@
 """Frozen models with fewer kernels and fewer saved activations; the same function. Skip it on a first reading.
 
-Three kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth; the last two in its VAE as well:
+Four kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth; the last two in its VAE as well:
 
+    layer norm     and the addition before it (Ba et al. 2016, https://arxiv.org/abs/1607.06450)
     GEGLU          value · gelu(gate), of the two halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
     group norm     then SiLU (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
     bias           of a convolution, for which PyTorch reads and writes the whole image once more
 
-Here the first two keep their input alone for the backward, which computes the rest again, and a bias is added by the group
-norm or the addition that reads the image next. On a GPU each is one function of our own (kernels.py), images are
+Here GEGLU and the norms keep their input alone for the backward, which computes the rest again; a sum is normalised as it is
+made, and its gradient added up as the norm's is; a bias is added by the group norm or the addition that reads the image next. On a GPU each is one function of our own (kernels.py), images are
 channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
 """
 
@@ -104,16 +105,36 @@ class FusedTransformer(nn.Module):
         super().__init__()
         self.norm = FusedGroupNorm(transformer.norm, False)
         self.proj_in, self.proj_out = transformer.proj_in, transformer.proj_out
-        self.transformer_blocks = transformer.transformer_blocks
+        self.transformer_blocks = nn.ModuleList(FusedBlock(block) for block in transformer.transformer_blocks)
 
     def forward(self, x, encoder_hidden_states=None, **unused):
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
+                tokens = self._gradient_checkpointing_func(block, tokens, encoder_hidden_states)
             else:
-                tokens = block(tokens, None, encoder_hidden_states)
+                tokens = block(tokens, encoder_hidden_states)
         return (x + self.proj_out(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2),)
+
+
+class FusedBlock(nn.Module):
+    """In place of diffusers' BasicTransformerBlock, as SDXL configures it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.attn1, self.attn2, self.ff = block.attn1, block.attn2, block.ff
+
+    def forward(self, x, text):
+        x, normal = _add_norm(self.norm1, x)
+        x, normal = _add_norm(self.norm2, x, self.attn1(normal))
+        x, normal = _add_norm(self.norm3, x, self.attn2(normal, text))
+        return x + self.ff(normal)
+
+
+def _add_norm(norm, x, y=None):
+    """-> x + y, and its layer norm"""
+    return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
 
 
 class _GEGLU(torch.autograd.Function):
@@ -127,13 +148,28 @@ class _GEGLU(torch.autograd.Function):
         return _functions(dy).geglu_backward(dy, *ctx.saved_tensors)
 
 
+class _AddLayerNorm(torch.autograd.Function):
+    """x, y -> x + y, and its layer norm; without y, x itself and its norm. The affine weights are frozen."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, eps):
+        total, out, *statistics = _functions(x).add_layer_norm(x, y, weight, bias, eps)
+        ctx.save_for_backward(total, weight, bias, *statistics)
+        return total.view_as(total), out
+
+    @staticmethod
+    def backward(ctx, dtotal, dout):
+        dx = _functions(dout).add_layer_norm_backward(dtotal, dout, *ctx.saved_tensors)
+        return dx, dx if ctx.needs_input_grad[1] else None, None, None, None
+
+
 class _GroupNorm(torch.autograd.Function):
     """The affine weights are frozen: the input alone has a gradient."""
 
     @staticmethod
     def forward(ctx, x, shift, weight, bias, groups, eps, silu):
-        y, mean, rstd = _functions(x).group_norm(x, shift, weight, bias, groups, eps, silu)
-        ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
+        y, *statistics = _functions(x).group_norm(x, shift, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, shift, *statistics, weight, bias)
         ctx.settings = groups, eps, silu
         return y
 
@@ -176,6 +212,22 @@ class Plain:
         torch.mul(dy, F.gelu(gate), out=dvalue)
         torch.ops.aten.gelu_backward.grad_input(dy * value, gate, grad_input=dgate)
         return dp
+
+    @staticmethod
+    def add_layer_norm(x, y, weight, bias, eps):
+        """x, y (..., C) -> x + y (y may be None), its norm, and for the backward mean and 1/σ"""
+        total = x if y is None else x + y
+        return total, *torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+
+    @staticmethod
+    def add_layer_norm_backward(dtotal, dout, total, weight, bias, mean, rstd):
+        wanted = [True, False, False]
+        return (
+            dtotal
+            + torch.ops.aten.native_layer_norm_backward(
+                dout.contiguous(), total, weight.shape, mean, rstd, weight, bias, wanted
+            )[0]
+        )
 
     @staticmethod
     def group_norm(x, shift, weight, bias, groups, eps, silu):

@@ -8,6 +8,7 @@ imports setuptools, and fails in a thread that has no CUDA context yet, as a bac
 
 import ctypes
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # as kernels.cu calls them
-THREADS, LANES, ROWS, REDUCERS = 256, 8, 32, 128  # of a block; the last three stand in kernels.cu as well
+LANES, ROWS = 8, 32  # they stand in kernels.cu as well
+THREADS, REDUCERS = LANES * ROWS, 128  # of a block
 BLOCKS = 512  # about as many as fill a large GPU
+STRETCH = 128  # pixels that a block without sums takes
 
 
 def geglu(p):
@@ -40,40 +43,53 @@ def add(x, y, bias):
     return out
 
 
+def add_layer_norm(x, y, weight, bias, eps):
+    """y may be None. -> sum, its norm, and for the backward mean and 1/σ of every row"""
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    total, out = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    start, rows, columns, threads = _per_row(x, y, weight, bias)
+    mean, rstd = x.new_empty(2, rows, dtype=torch.float32)
+    start("add_layer_norm", (rows,), threads, x, y, weight, bias, total, out, mean, rstd, columns, eps)
+    return total, out, mean, rstd
+
+
+def add_layer_norm_backward(dsum, dout, total, weight, bias, mean, rstd):
+    dsum, dout = dsum.contiguous(), dout.contiguous()
+    dx = torch.empty_like(total)
+    start, rows, columns, threads = _per_row(total, dsum, dout, weight)
+    start("add_layer_norm_backward", (rows,), threads, dsum, dout, total, weight, mean, rstd, dx, columns)
+    return dx
+
+
 def group_norm(x, shift, weight, bias, groups, eps, silu):
+    """-> y, and for the backward slope and offset (B, C): x · slope + offset is x normalised"""
     x = _channels_last(x)
-    start, grid, sizes = _per_stretch(x, shift, weight, bias)
-    sums, mean, rstd, y = *_sums(x, grid, groups), torch.empty_like(x)
-    start("group_norm_sums", grid, THREADS, x, *_shift(shift), sums, *sizes)
-    start("group_norm_means", (groups, len(x)), REDUCERS, sums, mean, rstd, *sizes, grid[0], eps, True)
-    start("group_norm", grid, THREADS, x, *_shift(shift), mean, rstd, weight, bias, y, *sizes, groups, silu)
-    return y, mean, rstd
+    start, size, grid, stretch = _per_stretch(x, shift, weight, bias)
+    (slope, offset), y = x.new_empty(2, *x.shape[:2], dtype=torch.float32), torch.empty_like(x)
+    sums = x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
+    shift = shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
+    start("group_norm_sums", grid, THREADS, x, *shift, sums, *size, stretch)
+    start("group_norm_line", (groups, len(x)), REDUCERS, sums, *shift, slope, offset, *size, grid[0], eps)
+    grid = -(-size[0] // STRETCH), *grid[1:]
+    start("group_norm", grid, THREADS, x, slope, offset, weight, bias, y, *size, STRETCH, silu)
+    return y, slope, offset
 
 
-def group_norm_backward(dy, x, shift, mean, rstd, weight, bias, groups, eps, silu):
+def group_norm_backward(dy, x, shift, slope, offset, weight, bias, groups, eps, silu):
     dy, x = _channels_last(dy), _channels_last(x)
-    start, grid, sizes = _per_stretch(x, dy, shift, weight, bias)
-    sums, first, second, dx = *_sums(x, grid, groups), torch.empty_like(x)
-    given = dy, x, *_shift(shift), mean, rstd, weight, bias
-    start("group_norm_backward_sums", grid, THREADS, *given, sums, *sizes, groups, silu)
-    start("group_norm_means", (groups, len(x)), REDUCERS, sums, first, second, *sizes, grid[0], eps, False)
-    start("group_norm_backward", grid, THREADS, *given, first, second, dx, *sizes, groups, silu)
+    start, size, grid, stretch = _per_stretch(x, dy, weight, bias)
+    (constant, along), dx = x.new_empty(2, *x.shape[:2], dtype=torch.float32), torch.empty_like(x)
+    sums = x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
+    given = dy, x, slope, offset, weight, bias
+    start("group_norm_backward_sums", grid, THREADS, *given, sums, *size, stretch, silu)
+    start("group_norm_backward_line", (groups, len(x)), REDUCERS, sums, constant, along, *size, grid[0])
+    grid = -(-size[0] // STRETCH), *grid[1:]
+    start("group_norm_backward", grid, THREADS, *given, constant, along, dx, *size, STRETCH, silu)
     return dx
 
 
 def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _shift(shift):
-    """shift, and how far one image's is from the next one's"""
-    return shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
-
-
-def _sums(x, grid, groups):
-    """Memory for the sums of every stretch, (B, stretches, 2, C), and for what becomes of them, twice (B, groups)."""
-    sums = x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
-    return sums, *x.new_empty(2, len(x), groups, dtype=torch.float32)
 
 
 def _per_pack(name, rows, *tensors):
@@ -83,21 +99,31 @@ def _per_pack(name, rows, *tensors):
     _kernels(rows.device, rows.dtype, n)(name, (-(-packs // THREADS),), THREADS, *tensors, packs, rows.shape[-1] // n)
 
 
+def _per_row(x, *tensors):
+    """For kernels that give a block one row of x, of up to 1,024 packs. -> what starts them, rows, columns, threads of a block"""
+    columns = x.shape[-1]
+    n = _pack(columns, x, *tensors)
+    return _kernels(x.device, x.dtype, n), x.numel() // columns, columns, -(-columns // (32 * n)) * 32
+
+
 def _per_stretch(x, *tensors):
-    """For kernels that give blocks stretches of images x. -> what starts them, grid, (pixels, pixels of a stretch, channels)"""
+    """For kernels that give each block a stretch of pixels. -> what starts them, (pixels, channels), and for sums grid, stretch
+
+    Sums take long stretches, so that there are few of them, but enough for every part of the GPU.
+    """
     images, channels, height, width = x.shape
     n, pixels = _pack(channels, x, *tensors), height * width
     across = -(-channels // (LANES * n))
     stretches = max(1, min(BLOCKS // (across * images), -(-pixels // ROWS)))
     stretch = -(-pixels // (stretches * ROWS)) * ROWS
-    return _kernels(x.device, x.dtype, n), (-(-pixels // stretch), across, images), (pixels, stretch, channels)
+    return _kernels(x.device, x.dtype, n), (pixels, channels), (-(-pixels // stretch), across, images), stretch
 
 
 def _pack(width, *tensors):
-    """How many neighbours a thread moves at once, in rows `width` long: 16 bytes of them, or one, which always fits."""
-    n = 16 // tensors[0].itemsize
-    fits = width % n == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    return n if fits else 1
+    """How many neighbours a thread moves at once, in rows `width` long: 16 bytes of them, or what fits."""
+    size = tensors[0].itemsize
+    n = math.gcd(width, 16 // size)
+    return n if all(t is None or t.data_ptr() % (n * size) == 0 for t in tensors) else 1
 
 
 @functools.cache
@@ -107,7 +133,8 @@ def _kernels(device, dtype, n):
     args as the kernel's parameters: tensors or None for its pointers, int and float. The grid may leave its last sides out.
     """
     cuda, context, module = _library("nvcuda.dll", "libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
-    binary, _ = compiled("sm_%d%d" % torch.cuda.get_device_capability(device), TYPES[dtype], n)
+    major, minor = torch.cuda.get_device_capability(device)
+    binary, _ = compiled(f"sm_{major}{minor}", TYPES[dtype], n)
 
     def call(function, *args):
         if code := cuda[function](*args):
