@@ -1,4 +1,4 @@
-"""The base with fewer kernels: diffusers' own modules compute the same, and so does what kernels.cu becomes on a GPU."""
+"""The base with fewer kernels: diffusers' own modules compute the same, and so does kernels.cu on a GPU."""
 
 import copy
 import ctypes
@@ -16,7 +16,13 @@ from data.models import fused, kernels
 from data.models.fused import Plain
 
 CPU = torch.device("cpu")
-SHAPES = [(2, 64, 6, 5, 8), (1, 320, 16, 16, 32), (2, 96, 40, 33, 32), (1, 1920, 32, 32, 32)]  # B, C, h, w, groups
+SHAPES = [
+    (2, 64, 6, 5, 8),
+    (1, 320, 16, 16, 32),
+    (2, 96, 40, 33, 32),
+    (1, 1920, 32, 32, 32),
+    (3, 30, 7, 9, 5),
+]  # B, C, h, w, groups
 
 
 def test_the_fused_unet_equals_diffusers_own(unet):
@@ -124,7 +130,7 @@ def nvrtc():
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"])
 @pytest.mark.parametrize("number, n", [("fp16", 8), ("fp16", 1), ("bf16", 8), ("bf16", 1), ("fp32", 4), ("fp32", 1)])
 def test_the_kernels_compile_for_every_gpu_and_fit_a_t4(nvrtc, architecture, number, n):
-    """Without a GPU: machine code exists, nothing lies in slow memory, and a T4's multiprocessor takes two blocks at once."""
+    """There is machine code, its numbers stay in registers, and a T4's multiprocessor takes two blocks at once."""
     binary, log = kernels.compiled(architecture, number, n, "--ptxas-options=-v")
     assert binary[:4] == b"\x7fELF" and "error" not in log and "warning" not in log
     names = re.findall(r"__global__ void (\w+)", kernels.SOURCE.read_text())

@@ -1,15 +1,16 @@
 """Frozen models with fewer kernels and fewer saved activations; the same function. Skip it on a first reading.
 
-Four kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth; the last two in its VAE as well:
+Four kinds of places in SDXL's UNet cost more memory traffic than their arithmetic is worth, two of them in its VAE too:
 
     layer norm     and the addition before it (Ba et al. 2016, https://arxiv.org/abs/1607.06450)
-    GEGLU          value · gelu(gate), of the two halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
+    GEGLU          value · gelu(gate), halves of one projection (Shazeer 2020, https://arxiv.org/abs/2002.05202)
     group norm     then SiLU (Wu & He 2018, https://arxiv.org/abs/1803.08494, eq. 1 and 2)
     bias           of a convolution, for which PyTorch reads and writes the whole image once more
 
-Here GEGLU and the norms keep their input alone for the backward, which computes the rest again; a sum is normalised as it is
-made, and its gradient added up as the norm's is; a bias is added by the group norm or the addition that reads the image next. On a GPU each is one function of our own (kernels.py), images are
-channels_last, as the GPU's convolutions want them, and nothing is copied to change that.
+Here GEGLU and the norms keep their input alone for the backward, which computes the rest again. A sum is normalised
+as it is made, and its gradients are added up as the norm's is made. A bias is added by the group norm or the addition
+that reads the image next. On a GPU each is a function of our own (kernels.py), images are channels_last, as the GPU's
+convolutions want them, and nothing is copied to change that.
 """
 
 import torch
@@ -118,7 +119,7 @@ class FusedTransformer(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """In place of diffusers' BasicTransformerBlock, as SDXL configures it."""
+    """Instead of diffusers' BasicTransformerBlock, as SDXL configures it."""
 
     def __init__(self, block):
         super().__init__()

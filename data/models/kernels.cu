@@ -1,8 +1,9 @@
 // The functions of fused.py on a GPU; read it first, it says what they compute and why. kernels.py compiles this file.
 //
-// The compiler is given NUMBER, the type of what lies in memory (fp16, bf16 or fp32), and N, how many of them a thread
-// moves at once: 16 bytes, the most that one instruction can, or fewer where a row is no multiple of that. All arithmetic
-// is fp32. Sums are made in a fixed order, so that two runs give the same bits.
+// The compiler is given NUMBER, the type of what lies in memory (fp16, bf16 or fp32), and N, the size of a pack: as
+// many neighbours as a thread moves at once. These are 16 bytes, the most that one instruction can, or fewer where a
+// row is no multiple of that. All arithmetic is fp32. Sums are made in a fixed order, so that two runs give the same
+// bits.
 //
 // CUDA's headers are not included, because a machine without the CUDA toolkit has them in no certain place. They would
 // give the two 16-bit types, which are written here.
@@ -17,7 +18,7 @@ __device__ float widen(bf16 b) { return __uint_as_float((unsigned)b.bits << 16);
 
 __device__ void narrow(float f, float& to) { to = f; }
 __device__ void narrow(float f, fp16& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(f)); }
-__device__ void narrow(float f, bf16& to) {  // the upper half of an fp32, rounded to even; Turing has no instruction for it
+__device__ void narrow(float f, bf16& to) {  // the upper half of an fp32, rounded to even; a T4 cannot do it by itself
     unsigned u = __float_as_uint(f);
     to.bits = f == f ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : 0x7fff;
 }
@@ -62,7 +63,9 @@ __device__ Pair total(Pair mine) {
     return all;
 }
 
-// ---- GEGLU: a row of p is `width` packs of values, then as many of gates. A thread makes one pack of y, or two of dp. ----
+// ---- GEGLU: y = value · gelu(gate) ----
+//
+// A row of p is `width` packs of values, then as many of gates. A thread makes one pack of y, or two of dp.
 
 __device__ float below(float x) { return 0.5f * (1 + erff(x * 0.70710678f)); }  // of a standard normal distribution
 __device__ float density(float x) { return 0.39894228f * __expf(-0.5f * x * x); }
@@ -90,7 +93,9 @@ extern "C" __global__ void geglu_backward(In dy, In p, Out dp, unsigned packs, u
     store(dp + at + columns, dgate);
 }
 
-// ---- x + y + bias: a pixel is `width` packs of channels ----
+// ---- x + y + bias ----
+//
+// A pixel is `width` packs of channels, and a thread makes one pack.
 
 extern "C" __global__ void add(In x, In y, In bias, Out out, unsigned packs, unsigned width) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -100,9 +105,10 @@ extern "C" __global__ void add(In x, In y, In bias, Out out, unsigned packs, uns
     store(out + (size_t)i * N, a);
 }
 
-// ---- Layer norm of a sum: sum = x + y, out = weight · (sum - mean) / σ + bias. A block per row, a thread per pack of it. ----
+// ---- Layer norm of a sum: sum = x + y, out = weight · (sum - mean) / σ + bias ----
 //
-// Without y the sum is x itself, and is not written. Backward, dsum is the gradient that reaches the sum past the norm.
+// A block makes one row, a thread one pack of it. Without y the sum is x itself, and is not written. In the backward
+// dsum is the gradient that reaches the sum past the norm.
 
 extern "C" __global__ void add_layer_norm(In x, In y, In weight, In bias, Out sum, Out out, float* mean, float* rstd,
                                           int columns, float eps) {
@@ -162,10 +168,14 @@ extern "C" __global__ void add_layer_norm_backward(In dsum, In dout, In sum, In 
 
 // ---- Group norm of x + shift, then SiLU where it is asked for ----
 //
-// An image is `pixels` rows of `channels` numbers. A block takes LANES · N channels of a stretch of pixels, one pack per
-// lane, ROWS pixels at a time: a row of lanes reads 128 bytes in one go, and what belongs to a channel is fetched once for
-// the whole stretch. Three kernels each way: sums per channel and stretch; from these what the group makes of each of its
-// channels, (images, channels) fp32; then the result.
+// An image is `pixels` rows of `channels` numbers. A block takes LANES · N channels of a stretch of pixels, ROWS
+// pixels at a time, a lane one pack of them: 128 bytes lie side by side. Three kernels each way: sums per channel and
+// stretch; from these, per group, two numbers for each channel that say all about it; the result.
+//
+//     z  = weight · x̂ + bias                  = x · scale + offset                 x̂ = (x + shift - mean) / σ
+//     dx = (g - mean(g) - x̂ · mean(g x̂)) / σ  = dz · scale + x · slope + constant  g = dz · weight
+//
+// The means are a group's. scale, offset, slope, constant are (images, channels), mean and rstd = 1/σ (images, groups).
 
 #define LANES 8
 #define ROWS 32
@@ -179,6 +189,10 @@ __device__ Place place(int pixels, int stretch) {
     int start = blockIdx.x * stretch;
     return {(int)(blockIdx.y * LANES + threadIdx.x % LANES) * N, start + (int)threadIdx.x / LANES,
             min(start + stretch, pixels), blockIdx.z};
+}
+
+__device__ Pack fetch(const float* per_channel, int channels, Place at) {
+    return *(const Pack*)(per_channel + at.image * channels + at.channel);
 }
 
 // A block's two sums per channel over its rows -> sums (images, stretches, 2, channels)
@@ -197,32 +211,9 @@ __device__ void add_rows(Pack first, Pack second, float* sums, int channels, Pla
     }
 }
 
-// The means of both sums over a group (blockIdx.x) of an image (blockIdx.y), a block for each
-__device__ Pair group_means(const float* sums, int pixels, int channels, int stretches) {
-    int per_group = channels / gridDim.x;
-    Pair mine = {};
-    for (int i = threadIdx.x; i < stretches * per_group; i += blockDim.x) {
-        const float* row = sums + ((size_t)blockIdx.y * stretches + i / per_group) * 2 * channels;
-        int channel = blockIdx.x * per_group + i % per_group;
-        mine.first += row[channel];
-        mine.second += row[channels + channel];
-    }
-    Pair all = total(mine);
-    float count = (float)per_group * pixels;
-    return {all.first / count, all.second / count};
-}
-
-// The gradient that reaches x̂, from y's
-__device__ float through(float dy, float normal, float weight, float bias, int silu) {
-    if (silu) {
-        float z = normal * weight + bias, s = sigmoid(z);
-        dy *= s * (1 + z * (1 - s));
-    }
-    return dy * weight;
-}
-
 // Σ (x + shift) and Σ (x + shift)². shift: null, or one row per image, `stride` apart; stride 0 is one row for all.
-extern "C" __global__ void group_norm_sums(In x, In shift, int stride, float* sums, int pixels, int channels, int stretch) {
+extern "C" __global__ void group_norm_sums(In x, In shift, int stride, float* sums, int pixels, int channels,
+                                           int stretch) {
     Place at = place(pixels, stretch);
     Pack first = {}, second = {}, s = {};
     if (at.channel < channels) {
@@ -240,31 +231,36 @@ extern "C" __global__ void group_norm_sums(In x, In shift, int stride, float* su
     add_rows(first, second, sums, channels, at);
 }
 
-// x̂ = x · slope + offset
-extern "C" __global__ void group_norm_line(const float* sums, In shift, int stride, float* slope, float* offset, int pixels,
-                                           int channels, int stretches, float eps) {
-    Pair mean = group_means(sums, pixels, channels, stretches);
-    float rstd = rsqrtf(fmaxf(mean.second - mean.first * mean.first, 0) + eps);
-    int per_group = channels / gridDim.x;
-    for (int k = threadIdx.x; k < per_group; k += blockDim.x) {
-        int channel = blockIdx.x * per_group + k;
-        size_t image = blockIdx.y, i = image * channels + channel;
-        slope[i] = rstd;
-        offset[i] = ((shift ? widen(shift[image * stride + channel]) : 0) - mean.first) * rstd;
+// A block per group (blockIdx.x) and image (blockIdx.y)
+extern "C" __global__ void group_norm_line(const float* sums, In shift, int stride, In weight, In bias, float* mean,
+                                           float* rstd, float* scale, float* offset, int pixels, int channels,
+                                           int stretches, float eps) {
+    int per_group = channels / gridDim.x, start = blockIdx.x * per_group;
+    size_t image = blockIdx.y;
+    Pair mine = {};
+    for (int i = threadIdx.x; i < stretches * per_group; i += blockDim.x) {
+        const float* row = sums + (image * stretches + i / per_group) * 2 * channels + start + i % per_group;
+        mine.first += row[0];
+        mine.second += row[channels];
+    }
+    Pair all = total(mine);
+    float m = all.first / per_group / pixels, r = rsqrtf(fmaxf(all.second / per_group / pixels - m * m, 0) + eps);
+    for (int c = start + threadIdx.x; c < start + per_group; c += blockDim.x) {
+        float w = widen(weight[c]) * r, s = shift ? widen(shift[image * stride + c]) : 0;
+        scale[image * channels + c] = w;
+        offset[image * channels + c] = (s - m) * w + widen(bias[c]);
+    }
+    if (threadIdx.x == 0) {
+        mean[image * gridDim.x + blockIdx.x] = m;
+        rstd[image * gridDim.x + blockIdx.x] = r;
     }
 }
 
-extern "C" __global__ void group_norm(In x, const float* slope, const float* offset, In weight, In bias, Out y, int pixels,
-                                      int channels, int stretch, int silu) {
+extern "C" __global__ void group_norm(In x, const float* scale, const float* offset, Out y, int pixels, int channels,
+                                      int stretch, int silu) {
     Place at = place(pixels, stretch);
     if (at.channel >= channels) return;
-    size_t line = at.image * channels + at.channel;
-    Pack a = *(const Pack*)(slope + line), b = *(const Pack*)(offset + line);
-    Pack weights = load(weight + at.channel), biases = load(bias + at.channel);
-    for (int k = 0; k < N; k++) {
-        a.n[k] *= weights.n[k];
-        b.n[k] = b.n[k] * weights.n[k] + biases.n[k];
-    }
+    Pack a = fetch(scale, channels, at), b = fetch(offset, channels, at);
 #pragma unroll 4
     for (int pixel = at.first; pixel < at.last; pixel += ROWS) {
         size_t i = (at.image * pixels + pixel) * channels + at.channel;
@@ -277,59 +273,69 @@ extern "C" __global__ void group_norm(In x, const float* slope, const float* off
     }
 }
 
-// Σ g and Σ g x̂, g being the gradient that reaches x̂
-extern "C" __global__ void group_norm_backward_sums(In dy, In x, const float* slope, const float* offset, In weight, In bias,
-                                                    float* sums, int pixels, int channels, int stretch, int silu) {
+// The gradient of z from that of its SiLU
+__device__ float through_silu(float dy, float z) {
+    float s = sigmoid(z);
+    return dy * s * (1 + z * (1 - s));
+}
+
+// Σ dz and Σ dz z
+extern "C" __global__ void group_norm_backward_sums(In dy, In x, const float* scale, const float* offset, float* sums,
+                                                    int pixels, int channels, int stretch, int silu) {
     Place at = place(pixels, stretch);
     Pack first = {}, second = {};
     if (at.channel < channels) {
-        size_t line = at.image * channels + at.channel;
-        Pack a = *(const Pack*)(slope + line), b = *(const Pack*)(offset + line);
-        Pack weights = load(weight + at.channel), biases = load(bias + at.channel);
+        Pack a = fetch(scale, channels, at), b = fetch(offset, channels, at);
 #pragma unroll 2
         for (int pixel = at.first; pixel < at.last; pixel += ROWS) {
             size_t i = (at.image * pixels + pixel) * channels + at.channel;
             Pack v = load(x + i), d = load(dy + i);
             for (int k = 0; k < N; k++) {
-                float normal = v.n[k] * a.n[k] + b.n[k];
-                float g = through(d.n[k], normal, weights.n[k], biases.n[k], silu);
-                first.n[k] += g;
-                second.n[k] += g * normal;
+                float z = v.n[k] * a.n[k] + b.n[k], dz = silu ? through_silu(d.n[k], z) : d.n[k];
+                first.n[k] += dz;
+                second.n[k] += dz * z;
             }
         }
     }
     add_rows(first, second, sums, channels, at);
 }
 
-// What leaves the gradient because mean and σ follow x: constant + x̂ · along
-extern "C" __global__ void group_norm_backward_line(const float* sums, float* constant, float* along, int pixels,
-                                                    int channels, int stretches) {
-    Pair mean = group_means(sums, pixels, channels, stretches);
-    int per_group = channels / gridDim.x;
-    for (int k = threadIdx.x; k < per_group; k += blockDim.x) {
-        size_t i = (size_t)blockIdx.y * channels + blockIdx.x * per_group + k;
-        constant[i] = mean.first;
-        along[i] = mean.second;
+extern "C" __global__ void group_norm_backward_line(const float* sums, In shift, int stride, In weight, In bias,
+                                                    const float* mean, const float* rstd, float* slope, float* constant,
+                                                    int pixels, int channels, int stretches) {
+    int per_group = channels / gridDim.x, start = blockIdx.x * per_group;
+    size_t image = blockIdx.y;
+    Pair mine = {};
+    for (int i = threadIdx.x; i < stretches * per_group; i += blockDim.x) {
+        int c = start + i % per_group;
+        const float* row = sums + (image * stretches + i / per_group) * 2 * channels + c;
+        mine.first += row[0] * widen(weight[c]);                 // g is dz · weight
+        mine.second += row[channels] - row[0] * widen(bias[c]);  // and g x̂ is dz (z - bias)
+    }
+    Pair all = total(mine);
+    float g = all.first / per_group / pixels, along = all.second / per_group / pixels;
+    float m = mean[image * gridDim.x + blockIdx.x], r = rstd[image * gridDim.x + blockIdx.x];
+    for (int c = start + threadIdx.x; c < start + per_group; c += blockDim.x) {
+        float s = shift ? widen(shift[image * stride + c]) : 0;
+        slope[image * channels + c] = -r * r * along;
+        constant[image * channels + c] = -r * (g + (s - m) * r * along);
     }
 }
 
-extern "C" __global__ void group_norm_backward(In dy, In x, const float* slope, const float* offset, In weight, In bias,
-                                               const float* constant, const float* along, Out dx, int pixels, int channels,
-                                               int stretch, int silu) {
+extern "C" __global__ void group_norm_backward(In dy, In x, const float* scale, const float* offset, const float* slope,
+                                               const float* constant, Out dx, int pixels, int channels, int stretch,
+                                               int silu) {
     Place at = place(pixels, stretch);
     if (at.channel >= channels) return;
-    size_t line = at.image * channels + at.channel;
-    Pack a = *(const Pack*)(slope + line), b = *(const Pack*)(offset + line);
-    Pack c = *(const Pack*)(constant + line), l = *(const Pack*)(along + line);
-    Pack weights = load(weight + at.channel), biases = load(bias + at.channel);
+    Pack a = fetch(scale, channels, at), b = fetch(offset, channels, at);
+    Pack s = fetch(slope, channels, at), c = fetch(constant, channels, at);
 #pragma unroll 2
     for (int pixel = at.first; pixel < at.last; pixel += ROWS) {
         size_t i = (at.image * pixels + pixel) * channels + at.channel;
         Pack v = load(x + i), d = load(dy + i);
         for (int k = 0; k < N; k++) {
-            float normal = v.n[k] * a.n[k] + b.n[k];
-            float g = through(d.n[k], normal, weights.n[k], biases.n[k], silu);
-            v.n[k] = a.n[k] * (g - c.n[k] - normal * l.n[k]);
+            float dz = silu ? through_silu(d.n[k], v.n[k] * a.n[k] + b.n[k]) : d.n[k];
+            v.n[k] = dz * a.n[k] + v.n[k] * s.n[k] + c.n[k];
         }
         store(dx + i, v);
     }

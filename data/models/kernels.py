@@ -1,9 +1,10 @@
 """The functions of fused.py on a GPU: kernels.cu, compiled for the GPU at hand when first used, and started.
 
-NVRTC compiles, which lies in every CUDA build of PyTorch, and the driver starts, both called through ctypes. So no C compiler
-is asked for, no header of Python's or CUDA's and no toolkit, and every GPU that PyTorch runs on will do. PyTorch has a wrapper
-of the same, torch.cuda._compile_kernel, which is not used because it is private, compiles the whole file once per kernel,
-imports setuptools, and fails in a thread that has no CUDA context yet, as a backward's may be.
+NVRTC compiles and the driver starts, both called through ctypes. NVRTC lies in every CUDA build of PyTorch, so that
+nothing else is needed: no C compiler, no header of Python's or CUDA's, no CUDA toolkit. PyTorch's wrapper of the
+same, torch.cuda._compile_kernel, is not used because it is private, compiles the whole file once per kernel, imports
+setuptools and looks for a toolkit, and fails in a thread that has no CUDA context yet, as the one that runs a
+backward may be.
 """
 
 import ctypes
@@ -18,8 +19,8 @@ SOURCE = Path(__file__).with_name("kernels.cu")
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # as kernels.cu calls them
 LANES, ROWS = 8, 32  # they stand in kernels.cu as well
 THREADS, REDUCERS = LANES * ROWS, 128  # of a block
-BLOCKS = 512  # about as many as fill a large GPU
-STRETCH = 128  # pixels that a block without sums takes
+BLOCKS = 3  # per multiprocessor, that make sums: as many as run at once, because a second round would be half empty
+STRETCH = 128  # pixels for a block that makes none
 
 
 def geglu(p):
@@ -62,30 +63,44 @@ def add_layer_norm_backward(dsum, dout, total, weight, bias, mean, rstd):
 
 
 def group_norm(x, shift, weight, bias, groups, eps, silu):
-    """-> y, and for the backward slope and offset (B, C): x · slope + offset is x normalised"""
+    """-> y, and for the backward mean and 1/σ (B, groups), scale and offset (B, C)"""
     x = _channels_last(x)
     start, size, grid, stretch = _per_stretch(x, shift, weight, bias)
-    (slope, offset), y = x.new_empty(2, *x.shape[:2], dtype=torch.float32), torch.empty_like(x)
-    sums = x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
-    shift = shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
+    (mean, rstd), (scale, offset) = (x.new_empty(2, len(x), n, dtype=torch.float32) for n in (groups, x.shape[1]))
+    sums, y, shift = _sums(x, grid), torch.empty_like(x), _shift(shift)
     start("group_norm_sums", grid, THREADS, x, *shift, sums, *size, stretch)
-    start("group_norm_line", (groups, len(x)), REDUCERS, sums, *shift, slope, offset, *size, grid[0], eps)
-    grid = -(-size[0] // STRETCH), *grid[1:]
-    start("group_norm", grid, THREADS, x, slope, offset, weight, bias, y, *size, STRETCH, silu)
-    return y, slope, offset
+    given = sums, *shift, weight, bias, mean, rstd, scale, offset
+    start("group_norm_line", (groups, len(x)), REDUCERS, *given, *size, grid[0], eps)
+    start("group_norm", _short(size, grid), THREADS, x, scale, offset, y, *size, STRETCH, silu)
+    return y, mean, rstd, scale, offset
 
 
-def group_norm_backward(dy, x, shift, slope, offset, weight, bias, groups, eps, silu):
+def group_norm_backward(dy, x, shift, mean, rstd, scale, offset, weight, bias, groups, eps, silu):
     dy, x = _channels_last(dy), _channels_last(x)
-    start, size, grid, stretch = _per_stretch(x, dy, weight, bias)
-    (constant, along), dx = x.new_empty(2, *x.shape[:2], dtype=torch.float32), torch.empty_like(x)
-    sums = x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
-    given = dy, x, slope, offset, weight, bias
-    start("group_norm_backward_sums", grid, THREADS, *given, sums, *size, stretch, silu)
-    start("group_norm_backward_line", (groups, len(x)), REDUCERS, sums, constant, along, *size, grid[0])
-    grid = -(-size[0] // STRETCH), *grid[1:]
-    start("group_norm_backward", grid, THREADS, *given, constant, along, dx, *size, STRETCH, silu)
+    start, size, grid, stretch = _per_stretch(x, dy)
+    slope, constant = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    sums, dx = _sums(x, grid), torch.empty_like(x)
+    start("group_norm_backward_sums", grid, THREADS, dy, x, scale, offset, sums, *size, stretch, silu)
+    given = sums, *_shift(shift), weight, bias, mean, rstd, slope, constant
+    start("group_norm_backward_line", (groups, len(x)), REDUCERS, *given, *size, grid[0])
+    given = dy, x, scale, offset, slope, constant, dx
+    start("group_norm_backward", _short(size, grid), THREADS, *given, *size, STRETCH, silu)
     return dx
+
+
+def _shift(shift):
+    """shift, and how far one image's is from the next one's"""
+    return shift, 0 if shift is None or shift.ndim == 1 else shift.stride(0)
+
+
+def _sums(x, grid):
+    """Two per image, stretch and channel."""
+    return x.new_empty(len(x), grid[0], 2, x.shape[1], dtype=torch.float32)
+
+
+def _short(size, grid):
+    """The grid for STRETCH pixels a block."""
+    return -(-size[0] // STRETCH), *grid[1:]
 
 
 def _channels_last(x):
@@ -100,21 +115,22 @@ def _per_pack(name, rows, *tensors):
 
 
 def _per_row(x, *tensors):
-    """For kernels that give a block one row of x, of up to 1,024 packs. -> what starts them, rows, columns, threads of a block"""
+    """For kernels in which a block makes a row of x, of up to 1,024 packs. -> their starter, rows, columns, threads"""
     columns = x.shape[-1]
     n = _pack(columns, x, *tensors)
     return _kernels(x.device, x.dtype, n), x.numel() // columns, columns, -(-columns // (32 * n)) * 32
 
 
 def _per_stretch(x, *tensors):
-    """For kernels that give each block a stretch of pixels. -> what starts them, (pixels, channels), and for sums grid, stretch
+    """For kernels in which a block takes a stretch of pixels. -> their starter, (pixels, channels), sums' grid, stretch
 
-    Sums take long stretches, so that there are few of them, but enough for every part of the GPU.
+    For sums the stretches are as long as leave something to do for all of the GPU, so that there are few to add up.
     """
     images, channels, height, width = x.shape
     n, pixels = _pack(channels, x, *tensors), height * width
     across = -(-channels // (LANES * n))
-    stretches = max(1, min(BLOCKS // (across * images), -(-pixels // ROWS)))
+    blocks = BLOCKS * torch.cuda.get_device_properties(x.device).multi_processor_count
+    stretches = max(1, min(blocks // (across * images), -(-pixels // ROWS)))
     stretch = -(-pixels // (stretches * ROWS)) * ROWS
     return _kernels(x.device, x.dtype, n), (pixels, channels), (-(-pixels // stretch), across, images), stretch
 
@@ -130,7 +146,8 @@ def _pack(width, *tensors):
 def _kernels(device, dtype, n):
     """kernels.cu for one GPU, type of numbers and pack. -> start(name, grid, threads, *args), on the current stream
 
-    args as the kernel's parameters: tensors or None for its pointers, int and float. The grid may leave its last sides out.
+    args are the kernel's parameters: tensors or None for its pointers, int and float. A grid may leave its last sides
+    out.
     """
     cuda, context, module = _library("nvcuda.dll", "libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
     major, minor = torch.cuda.get_device_capability(device)
@@ -173,10 +190,10 @@ _KINDS = {  # Python's types as a kernel's parameters
 
 
 def compiled(architecture, number, n, *options):
-    """kernels.cu for an architecture ("sm_75"), without a GPU. -> machine code, and what the compiler said. bytes, str"""
+    """kernels.cu for an architecture ("sm_75"); no GPU is needed. -> machine code, and what the compiler said"""
     major = torch.version.cuda.split(".")[0]
     nvrtc, program = _library(f"nvrtc64_{major}0_0.dll", f"libnvrtc.so.{major}"), ctypes.c_void_p()
-    options = [f"--gpu-architecture={architecture}", f"-DNUMBER={number}", f"-DN={n}", *options]
+    options = [f"--gpu-architecture={architecture}", "--ftz=true", f"-DNUMBER={number}", f"-DN={n}", *options]
 
     def get(what):
         size = ctypes.c_size_t()
