@@ -9,8 +9,12 @@ The products with A and B are so thin that a GPU spends its time on starting the
 gradients are written out by hand: nothing is added or scaled in a kernel of its own.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
+
+from lora.aside import aside
 
 
 class LoRALinear(nn.Module):
@@ -86,7 +90,8 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dh):
         x, A = ctx.saved_tensors
-        return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dh.T @ x
+        dA = aside(torch.mm, dh.T, x)
+        return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dA
 
 
 class _Up(torch.autograd.Function):
@@ -108,7 +113,8 @@ class _Up(torch.autograd.Function):
         h, B = ctx.saved_tensors
         dy, dh = dy.contiguous(), torch.empty_like(h)
         _by_part(dh, B).baddbmm_(_by_part(dy, B), B, beta=0, alpha=ctx.scaling)
-        dB = torch.baddbmm(B, _by_part(dy, B).mT, _by_part(h, B), beta=0, alpha=ctx.scaling)  # beta = 0: B is not read
+        product = partial(torch.baddbmm, beta=0, alpha=ctx.scaling)  # beta = 0: B is not read
+        dB = aside(product, B, _by_part(dy, B).mT, _by_part(h, B))
         return dy, dh, dB, None
 
 
