@@ -27,8 +27,7 @@ class _Aside:
         self.stream, self.kept = torch.cuda.Stream(device), []
 
     def run(self, function, tensors):
-        if not self.kept:
-            Variable._execution_engine.queue_callback(self.join)
+        Variable._execution_engine.queue_callback(self.join)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function(*tensors)
@@ -38,8 +37,9 @@ class _Aside:
         return result
 
     def join(self):
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.kept = []
+        if self.kept:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.kept = []
 
 
 _aside = functools.cache(_Aside)
