@@ -65,7 +65,8 @@ __device__ Pair total(Pair mine) {
 
 // ---- GEGLU: y = value · gelu(gate) ----
 //
-// A row of p is `width` packs of values, then as many of gates. A thread makes one pack of y, or two of dp.
+// A row of p is `width` packs of values, then as many of gates. A thread makes one pack of y, or two of dp. Offsets have
+// 64 bits, because in 32 they might wrap around, and the compiler would write a pack as four numbers of 4 bytes.
 
 __device__ float below(float x) { return 0.5f * (1 + erff(x * 0.70710678f)); }  // of a standard normal distribution
 __device__ float density(float x) { return 0.39894228f * __expf(-0.5f * x * x); }

@@ -137,17 +137,17 @@ def _per_stretch(x, *tensors):
 
 def _pack(width, *tensors):
     """How many neighbours a thread moves at once, in rows `width` long: 16 bytes of them, or what fits."""
-    size = tensors[0].itemsize
-    n = math.gcd(width, 16 // size)
-    return n if all(t is None or t.data_ptr() % (n * size) == 0 for t in tensors) else 1
+    dtype, tensors = tensors[0].dtype, [t for t in tensors if t is not None]
+    assert all(t.dtype == dtype for t in tensors), "kernels.cu is compiled for one type"
+    n = math.gcd(width, 16 // dtype.itemsize)
+    return n if all(t.data_ptr() % (n * dtype.itemsize) == 0 for t in tensors) else 1
 
 
 @functools.cache
 def _kernels(device, dtype, n):
     """kernels.cu for one GPU, type of numbers and pack. -> start(name, grid, threads, *args), on the current stream
 
-    args are the kernel's parameters: tensors or None for its pointers, int and float. A grid may leave its last sides
-    out.
+    args are the kernel's parameters: tensors or None for its pointers, int and float. A grid may omit its last sides.
     """
     cuda, context, module = _library("nvcuda.dll", "libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
     major, minor = torch.cuda.get_device_capability(device)
