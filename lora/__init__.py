@@ -1,1 +1,1 @@
-"""LoRA in three files: the layer (linear), where it goes (inject), how it is stored (files); the others make it fast."""
+"""LoRA in three files: the layer (linear), where it goes (inject), how it is stored (files). The rest is for speed."""
