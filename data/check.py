@@ -52,8 +52,6 @@ def gpu():
     """What the GPU is and can do, in one line."""
     import torch
 
-    from data.models import fused
-
     if not torch.cuda.is_available():
         return "GPU: none; the CPU is enough for the toy, not for SDXL"
     device = torch.device("cuda")
@@ -63,7 +61,6 @@ def gpu():
         "fp16",
         "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16",
         "flash attention" if major >= 8 else "memory-efficient attention",
-        "Triton's kernels" if not fused.works(device) else f"PyTorch's kernels ({fused.works(device)})",
     ]
     name = torch.cuda.get_device_name(device)
     return f"GPU: {name} ({major}.{minor}), {free:.1f} of {total:.1f} GiB free; {', '.join(abilities)}"

@@ -162,13 +162,12 @@ class VAE:
     def load(self, device):
         from diffusers import AutoencoderKL
 
-        compiled = fused.wanted("auto", device)
-        self.layout = torch.channels_last if compiled else torch.contiguous_format
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
         def prepare(vae):
             vae.decoder = None
             vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
-            fused.fuse(vae, compiled)
+            fused.fuse(vae, device)
 
         self.vae = load(AutoencoderKL, self.component, self.dtype, device, prepare)
         return self

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+BLOCKS = 80  # of queries times heads, about as many as keep a GPU busy in cross-attention's backward
 SIDE_BY_SIDE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
@@ -27,9 +28,26 @@ class FusedAttention:
             q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         else:
             q, (k, v) = attn.to_q(x), attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, 64)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in (q, k, v))  # (B, L, heads, 64)
+        return attn.to_out[0](attend(q, k, v).flatten(2))
+
+
+def attend(q, k, v):
+    """softmax(q kᵀ / √d) v for q (B, L, heads, d), k and v (B, keys, heads, d) -> (B, L, heads, d)
+
+    Where the keys are few, as a caption's 77, the queries are cut into pieces that attend as images of their own,
+    because the backward's kernels share their work out by keys, heads and images, never by queries, and most of a GPU
+    would be idle. (4,096 queries, 10 heads, an H100: 544 µs become 110 in PyTorch's memory-efficient attention, 131
+    become 62 in cuDNN's.)
+    """
+    B, L, heads, _ = q.shape
+    pieces = 1
+    while k.shape[1] < 128 <= L // pieces and L // pieces % 2 == 0 and B * heads * pieces < BLOCKS:
+        pieces *= 2
+    q = q.unflatten(1, (pieces, -1)).flatten(0, 1)
+    k, v = (part[:, None].expand(-1, pieces, -1, -1, -1).flatten(0, 1) for part in (k, v))
+    mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+    return mixed.transpose(1, 2).unflatten(0, (B, pieces)).flatten(1, 2)
 
 
 @torch.no_grad()

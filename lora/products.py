@@ -8,7 +8,11 @@ few kernels as can be: nothing is scaled or added in a kernel of its own, neithe
 would take seven kernels for what takes four here.
 """
 
+from functools import partial
+
 import torch
+
+from lora.aside import aside
 
 
 def down(x, A):
@@ -46,7 +50,8 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dh):
         x, A = ctx.saved_tensors
-        return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dh.T @ x
+        dA = aside(torch.mm, dh.T, x)
+        return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dA
 
 
 class _Up(torch.autograd.Function):
@@ -65,8 +70,8 @@ class _Up(torch.autograd.Function):
         h, B = ctx.saved_tensors
         dy, dh = dy.contiguous(), torch.empty_like(h)
         _by_part(dh, B).baddbmm_(_by_part(dy, B), B, beta=0, alpha=ctx.scaling)
-        # with beta=0 the first argument is not read, so B only lends its shape
-        dB = torch.baddbmm(B, _by_part(dy, B).mT, _by_part(h, B), beta=0, alpha=ctx.scaling)
+        product = partial(torch.baddbmm, beta=0, alpha=ctx.scaling)  # with beta=0, B only lends its shape
+        dB = aside(product, B, _by_part(dy, B).mT, _by_part(h, B))
         return dy, dh, dB, None
 
 

@@ -2,11 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from conftest import predict, unet_inputs
 from diffusers.models.attention_processor import Attention
 
-from lora.attention import fuse_projections
+from lora.attention import attend, fuse_projections
 
 
 def test_fused_attention_equals_diffusers_own():
@@ -21,6 +22,20 @@ def test_fused_attention_equals_diffusers_own():
         text = torch.randn(2, 5, text_width, dtype=torch.float64) if text_width else None
         torch.testing.assert_close(fused[0](x, text), attention(x, text), rtol=1e-12, atol=1e-12)
         assert {name for name, _ in fused[0].named_children()} & {"to_k", "to_v"} == set()
+
+
+@pytest.mark.parametrize("B, L, keys", [(1, 1024, 77), (2, 4096, 77), (3, 1008, 77), (1, 999, 77), (2, 256, 256)])
+def test_queries_in_pieces_attend_as_one(B, L, keys):
+    """Output and gradients, for lengths that halve often, seldom and never, against plain products."""
+    q, k, v = (torch.randn(B, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (L, keys, keys))
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) * 8**-0.5
+    wanted = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+    mixed, weight = attend(q, k, v), torch.randn(B, L, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(mixed, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(mixed, (q, k, v), weight), torch.autograd.grad(wanted, (q, k, v), weight)
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_fusing_takes_no_memory_and_twice_is_once(unet):

@@ -8,6 +8,7 @@ import torch
 from conftest import here
 from test_loop import TRAIN
 
+from data.models import fused
 from train.graph import Eager
 
 
@@ -75,7 +76,7 @@ def trained(cached, tmp_path, name, *flags):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_path, precision, monkeypatch):
+def test_graph_eager_recomputed_and_pytorchs_functions_train_the_same(cached, tmp_path, precision, monkeypatch):
     monkeypatch.setattr(
         torch.backends.cudnn, "allow_tf32", False
     )  # its rounding differs between two layouts by as much as fp16's
@@ -85,9 +86,12 @@ def test_graph_eager_recomputed_and_pytorchs_kernels_train_the_same(cached, tmp_
             "graph": [],
             "eager": ["--no_cuda_graph"],
             "recomputed": ["--gradient_checkpointing"],
-            "plain": ["--compile", "off"],
         }.items()
     }
+    fuse = fused.fuse
+    monkeypatch.setattr(fused, "_functions", lambda x: fused.Plain)
+    monkeypatch.setattr(fused, "fuse", lambda model, device: fuse(model, torch.device("cpu")))  # not channels_last
+    runs["plain"] = trained(cached, tmp_path, "plain", "--mixed_precision", precision)
     tolerance = dict(no=1e-4, fp16=5e-3, bf16=5e-2)[precision]
     for name, run in runs.items():
         for fact in ("loss", "grad_norm"):

@@ -273,7 +273,7 @@ def test_the_plan_may_change_between_runs(fresh, run):
     """More steps, another saving interval or another way to compute go on with the same numbers."""
     train(fresh, "--max_train_steps", 2, "--gradient_checkpointing", "--no_cuda_graph")
     train(fresh, "--max_train_steps", 3, "--vram_gib", 4)
-    train(fresh, "--checkpointing_steps", 3, "--compile", "off")
+    train(fresh, "--checkpointing_steps", 3)
     same_as_uninterrupted(fresh, run)
 
 

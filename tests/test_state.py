@@ -122,7 +122,7 @@ def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, t
 
 
 FREE = {"output_dir", "cache_dir", "restart", "max_train_steps", "checkpointing_steps"}
-FREE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
+FREE |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
 
 
 def test_every_flag_but_those_that_may_change_is_held(tmp_path):

@@ -9,7 +9,8 @@ import statistics
 
 import torch
 
-WARM_UP = 2  # calls before capturing, in which libraries set themselves up and Triton compiles: neither can be captured
+# Calls before capturing, in which libraries set themselves up and kernels are compiled, which cannot be captured.
+WARM_UP = 2
 
 
 class Eager:

@@ -115,9 +115,8 @@ class Run:
     identity: dict  # what a continuation of this run must agree with
     start: int  # steps that are done
     memory_plan: dict | None  # which blocks are recomputed, and what that was decided for
-    micro_step: Callable | None = (
-        None  # `micro_step` above for a batch on the CPU, captured as a graph where there is a GPU
-    )
+    # `micro_step` above for a batch on the CPU, captured as a graph where there is a GPU
+    micro_step: Callable | None = None
 
 
 def setup(settings, folder):
@@ -134,7 +133,7 @@ def setup(settings, folder):
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
-    unet = load_unet(base, cache, dtype, device, fused.wanted(settings.compile, device))
+    unet = load_unet(base, cache, dtype, device)
     adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
@@ -214,12 +213,12 @@ def give_up(run, step, error):
     return NumbersError(f"{error} ({where}){kept}")
 
 
-def load_unet(base, cache, dtype, device, compiled):
+def load_unet(base, cache, dtype, device):
     """The base model's UNet, frozen. Raises UserError when it is not of SDXL's kind or does not fit the cached text."""
 
     def prepare(unet):
         fuse_projections(unet)
-        fused.fuse(unet, compiled)
+        fused.fuse(unet, device)
 
     unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]

@@ -18,7 +18,8 @@ from data.cache import cache_folder, changed_rows, read_began, read_index, read_
 from data.common.flags import Train
 from data.common.safe import UserError, atomic_write, sync_folder
 
-# What may differ between a run and its continuation. The second line is about how a step is computed, not what.
+# What may differ between a run and its continuation. The second line is about how a step is computed, not what;
+# "compile" is a flag that earlier versions had.
 MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "checkpointing_steps"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
 DEFAULTS = {flag.name: flag.default for flag in fields(Train)}

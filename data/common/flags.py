@@ -100,9 +100,6 @@ class Train:
     gradient_checkpointing: bool = flag(
         False, "recompute every block's activations: the least memory, about a third slower"
     )
-    compile: str = flag(
-        "auto", "kernels compiled by Triton: where the GPU can, must, or not at all", choices=("auto", "on", "off")
-    )
     no_cuda_graph: bool = flag(
         False, "start every kernel from Python instead of replaying a captured graph: slower, for debugging"
     )
