@@ -68,7 +68,7 @@ def test_base_of_any_dtype_is_computed_in_it(dtype):
     assert adapted.base.weight.grad is None and adapted.base.bias.grad is None
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 3e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 4e-3)])
 def test_output_and_gradients_equal_those_of_the_plain_formula(dtype, tolerance):
     """The layer takes fewer kernels and writes its gradients by hand; autograd of the plain lines is the judge."""
     adapted = layer(nn.Linear(12, 8)).to(dtype)
@@ -79,7 +79,10 @@ def test_output_and_gradients_equal_those_of_the_plain_formula(dtype, tolerance)
     ys = adapted(inputs[0]), lora(inputs[1], adapted.base, A, B, scaling=6 / 4)
     for y in ys:
         (y * weight).sum().backward()
-    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+
+    def close(found, wanted):  # to the largest number, because where terms cancel, a small one is rounding alone
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
     close(*ys)
     close(inputs[0].grad, inputs[1].grad)
     close(adapted.A.grad, A.grad)
