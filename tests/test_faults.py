@@ -829,8 +829,8 @@ def onto(kind):
 
 LEAVES = [
     ("full log", None, 0),
-    ("closed at the start", None, 0),
-    ("pipe", None, 0),
+    pytest.param("closed at the start", None, 0, marks=pytest.mark.slow),
+    pytest.param("pipe", None, 0, marks=pytest.mark.slow),
     ("pipe", signal.SIGINT, 130),  # | tee log, where Ctrl-C ends tee first
     ("terminal", None, 143),
 ]

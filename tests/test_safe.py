@@ -134,7 +134,7 @@ def test_a_second_signal_ends_at_once(first, second):
     ],
 )
 def test_a_terminal_that_closes_is_no_second_signal(signals, code):
-    process = python(LOOP.format(1))
+    process = python(LOOP.format(0.5))
     wait_for(process, "ready")
     for signum in signals:
         process.send_signal(signum)
