@@ -8,7 +8,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 
 STEP = (
     64  # sides are multiples of it, because a latent is 8 pixels wide and the UNet halves latents twice; with room left

@@ -30,7 +30,8 @@ import numpy as np
 
 from data.common import fields
 from data.common.ahead import ahead
-from data.common.safe import MachineError, UserError, atomic_write, naming, sha256_file
+from data.common.disk import atomic_write, naming, sha256_file
+from data.common.errors import MachineError, UserError
 from data.common.words import many
 from data.models.identity import IDENTITIES
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from data.common import safe
+from data.common import disk, errors, safe, system
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
@@ -24,9 +24,9 @@ def packages():
         try:
             found[needed.name] = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            raise safe.UserError(f"the package {needed.name} is not installed; {how}") from None
+            raise errors.UserError(f"the package {needed.name} is not installed; {how}") from None
         if not needed.specifier.contains(found[needed.name].split("+")[0], prereleases=True):
-            raise safe.UserError(f"{needed.name} is {found[needed.name]}, tested is {needed.specifier}; {how}")
+            raise errors.UserError(f"{needed.name} is {found[needed.name]}, tested is {needed.specifier}; {how}")
     return found
 
 
@@ -45,7 +45,7 @@ def precision(setting, device):
     import torch
 
     if setting == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise safe.UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16")
+        raise errors.UserError(f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has none; use fp16")
 
 
 def gpu():
@@ -70,8 +70,8 @@ def main(argv):
     folder = Path(argv[0] if argv else ".").absolute()
     print("packages:", ", ".join(f"{name} {version}" for name, version in packages().items()))
     print(gpu())
-    print(f"memory: {safe.free_memory() / 2**30:.1f} GiB free")
-    print(f"disk: {safe.free_space(folder) / 2**30:.1f} GiB free for {folder}", flush=True)
+    print(f"memory: {system.free_memory() / 2**30:.1f} GiB free")
+    print(f"disk: {disk.free_space(folder) / 2**30:.1f} GiB free for {folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.common.safe import DISK_ERRORS, UserError, is_text, printable
+from data.common.disk import DISK_ERRORS
+from data.common.errors import UserError, is_text, printable
 from data.common.words import many, shortened
 from data.images import MAX_BYTES, SUFFIXES
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.common.ahead import behind
-from data.common.safe import UserError, out_of_memory
+from data.common.errors import UserError, out_of_memory
 from data.models import fused
 from data.models.files import load, torch_dtype
 from data.models.identity import fingerprint

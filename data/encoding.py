@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.buckets import resize_and_crop
 from data.cache import Rows
-from data.common import safe
+from data.common import errors
 from data.common.ahead import ahead
 from data.common.words import many, shortened
 from data.dataset import Examples
@@ -104,7 +104,7 @@ def encode_pictures(draft, todo, device, stop, pool, failed):
 
 def stop_if_asked(stop):
     if stop.received:
-        raise safe.Stopped(stop.received, "stopped, what is encoded is kept; run the same command to go on")
+        raise errors.Stopped(stop.received, "stopped, what is encoded is kept; run the same command to go on")
 
 
 def unconditional(draft):
@@ -142,9 +142,9 @@ def decoded(draft, bucket, pictures, pool, failed, bar):
         try:
             data = example.data()
             if image_digest(data) != draft.rows["image_digest"][row]:
-                raise safe.UserError(f"{example.name}: changed since precompute began; run it again")
+                raise errors.UserError(f"{example.name}: changed since precompute began; run it again")
             pixels = resize_and_crop(read_rgb(data, example.name), bucket, example.name)
-        except safe.UserError as error:
+        except errors.UserError as error:
             return row, None, error
         if mirrored:
             return row, draft.rows["mirrored_key"][row], pixels[:, ::-1]
@@ -180,7 +180,7 @@ def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar):
             row, name = rows[i], draft.name(rows[i])
             problem = f"{name}: the VAE gives numbers that are not finite, in fp32 too; replace or remove it"
             bar.total -= 1
-            failed.add(draft.rows["image_digest"][row], name, safe.NumbersError(problem))
+            failed.add(draft.rows["image_digest"][row], name, errors.NumbersError(problem))
         yield keys[finite], posteriors[finite]
 
 

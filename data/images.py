@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 
 # The formats that are decoded, whatever a file is called, and the suffixes that such files have. Pillow knows more,
 # but some of them start a program (EPS), or decode before their size is known.

@@ -25,7 +25,7 @@ from data.cache import (
     told_apart,
     write_index,
 )
-from data.common import door, safe
+from data.common import disk, door, errors, safe
 from data.common.flags import parse
 from data.common.words import many
 from data.dataset import open_examples
@@ -43,7 +43,7 @@ CONTENT = ("picture_key", "mirrored_key", "captions", "time_ids", "held_out")
 def main(argv):
     settings = parse("data.precompute", argv)
     if settings.resolution % buckets.STEP:
-        raise safe.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
+        raise errors.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
     flag = "--cache_dir" if settings.cache_dir else "--output_dir"
     folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
     held = contextlib.nullcontext() if settings.explain else door.hold(folder, flag, WRITES, ".writer")
@@ -69,7 +69,7 @@ def precompute(settings, folder, pool):
     print(overview(draft, skipped))
     (which, why), room = in_words(draft, todo), room_for(draft, todo)
     print(f"{which} to encode: {why}; {room / 2**20:,.0f} MiB in {folder}", flush=True)
-    safe.need_space(folder, room, "the cache")
+    disk.need_space(folder, room, "the cache")
     if settings.explain:
         return
 
@@ -232,7 +232,7 @@ def commit(draft, skipped, failed):
         index, rows, names = index[good], rows[good], [name for name, fine in zip(names, good) if fine]
         index["first_caption"] = first_captions(index["captions"])
     if not len(index):
-        raise safe.UserError(f"none of {many(len(draft.examples), 'row')} can be used, e.g. {': '.join(left_out[0])}")
+        raise errors.UserError(f"none of {many(len(draft.examples), 'row')} can be used, e.g. {': '.join(left_out[0])}")
     content = hashlib.sha256(caption_keys.tobytes())
     for field in CONTENT:
         content.update(rows[field].tobytes())

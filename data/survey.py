@@ -8,7 +8,7 @@ import numpy as np
 from data import buckets
 from data.cache import INDEX, told_apart
 from data.common.ahead import ahead
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.common.words import many
 from data.images import DECODER, upright_size
 

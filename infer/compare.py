@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from data import check
 from data.cache import cache_folder, read_manifest
-from data.common.safe import UserError, atomic_write, one_line
+from data.common.disk import atomic_write
+from data.common.errors import UserError, one_line
 from data.encoders import TextEncoders
 from data.models.files import Model, load
 from data.models.identity import check_unchanged

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from data.common.safe import NumbersError
+from data.common.errors import NumbersError
 from data.models.files import load
 
 

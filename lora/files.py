@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from data.common.disk import atomic_write
-from data.common.safe import NumbersError, UserError
+from data.common.errors import NumbersError, UserError
 from lora.inject import inject, targets
 
 _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL

@@ -8,7 +8,7 @@ self-attention in to_qkv, to_k, to_v of a cross-attention in to_kv.
 import torch
 from torch import nn
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 from lora.adapters import Adapters
 from lora.attention import SIDE_BY_SIDE, fuse_projections, projections_of
 from lora.linear import LoRALinear

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.buckets import geometry, make_buckets, nearest, resize_and_crop, time_ids
-from data.common.safe import UserError
+from data.common.errors import UserError
 
 
 def some_sizes():

@@ -12,7 +12,7 @@ import pytest
 from conftest import caption_rows, change_cache, edit_captions, precompute
 
 from data.cache import KEY, Cache, Rows, _checksum, read_manifest
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 
 SHAPE = (3, 5)
 

@@ -12,7 +12,7 @@ from conftest import PICTURES, PRECOMPUTE, TRAIN, Forked, edit_captions, here, i
 from PIL import Image, ImageCms
 
 from data.cache import Cache
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
 
 

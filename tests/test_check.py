@@ -10,7 +10,7 @@ from conftest import command, here, settings
 from test_loop import TRAIN
 
 from data import check
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 
 CUDA = torch.device("cuda")
 

@@ -10,7 +10,7 @@ import torch
 from conftest import PIPELINE, PROMPTS, here, settings
 from PIL import Image, ImageFont
 
-from data.common.safe import NumbersError, UserError
+from data.common.errors import NumbersError, UserError
 from data.models.files import Model
 from infer.compare import check_steps, difference, encode, models
 from infer.grid import CELL, _wrap, grid

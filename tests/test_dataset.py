@@ -7,7 +7,7 @@ import pytest
 from conftest import settings
 from PIL import Image
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.dataset import open_examples
 from data.images import read_rgb
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_safe import finish, python, wait_for
 
-from data.common import disk, door, safe
+from data.common import disk, door, errors, safe
 
 # ---- atomic_write
 
@@ -49,7 +49,7 @@ def test_kill_in_the_middle_leaves_the_old_file_and_the_next_command_cleans_up(t
     path.write_bytes(b"old")
     (tmp_path / ".file2.other").write_bytes(b"not ours")
     code = (
-        "import sys, time; from data.common.safe import atomic_write\n"
+        "import sys, time; from data.common.disk import atomic_write\n"
         "with atomic_write(sys.argv[1]) as f:\n"
         "    f.write(b'half'); f.flush(); print('half', flush=True); time.sleep(60)"
     )
@@ -74,7 +74,7 @@ def test_bytes_are_on_disk_before_the_name_changes(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named_with_what_is_needed_and_free(tmp_path):
-    with pytest.raises(safe.MachineError, match=r"the cache needs 1000000000 MiB in .* MiB are free"):
+    with pytest.raises(errors.MachineError, match=r"the cache needs 1000000000 MiB in .* MiB are free"):
         disk.need_space(tmp_path, 10**6 * 1000 * 2**20, "the cache")
     disk.need_space(tmp_path, 1, "the cache")
 
@@ -119,7 +119,7 @@ def test_a_disk_that_cannot_set_room_aside_is_said_and_looked_at(number, tmp_pat
     with open(tmp_path / "file", "w+b") as file:
         with pytest.warns(match=f"{tmp_path}: its disk cannot set room aside"):
             disk.claim(file, 2**20)
-        with pytest.warns(), pytest.raises(safe.MachineError, match=f"{tmp_path / 'file'} needs .* MiB are free"):
+        with pytest.warns(), pytest.raises(errors.MachineError, match=f"{tmp_path / 'file'} needs .* MiB are free"):
             disk.claim(file, 2**60)
 
 
@@ -128,7 +128,9 @@ def test_room_that_is_not_there_is_refused_with_the_file_and_what_it_needs(tmp_p
         disk.claim(file, 2**20)
         assert os.fstat(file.fileno()).st_blocks * 512 >= 2**20
         monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
-        with pytest.raises(safe.MachineError, match=f"{tmp_path / 'file'}: No space left on device; 1 MiB are needed"):
+        with pytest.raises(
+            errors.MachineError, match=f"{tmp_path / 'file'}: No space left on device; 1 MiB are needed"
+        ):
             disk.claim(file, 2**20)
 
 
@@ -139,7 +141,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_a_line(tmp_path):
     with open(path, "rb") as file:
         assert disk.read_at(file, 10, 90) == bytes(range(90, 100))
         os.truncate(path, 95)
-        with pytest.raises(safe.MachineError, match=f"{path}: became shorter while it was read"):
+        with pytest.raises(errors.MachineError, match=f"{path}: became shorter while it was read"):
             disk.read_at(file, 10, 90)
 
 
@@ -150,7 +152,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_a_line(tmp_path):
 def test_what_a_user_can_see_to_is_bad_input(name):
     number = getattr(errno, name)
     found = disk.in_words(OSError(number, os.strerror(number), "/x/y"))
-    assert type(found) is safe.UserError and str(found).startswith(f"/x/y: {os.strerror(number)}; ")
+    assert type(found) is errors.UserError and str(found).startswith(f"/x/y: {os.strerror(number)}; ")
 
 
 MACHINE = ["EIO", "EROFS", "ESTALE", "ENOTCONN", "ETIMEDOUT", "ENODEV", "EHOSTDOWN", "EHOSTUNREACH", "EREMOTEIO"]
@@ -161,7 +163,7 @@ MACHINE = ["EIO", "EROFS", "ESTALE", "ENOTCONN", "ETIMEDOUT", "ENODEV", "EHOSTDO
 def test_what_the_disk_or_the_machine_does_is_its_fault(name, path):
     number = getattr(errno, name)
     found = disk.in_words(OSError(number, os.strerror(number), path))
-    assert type(found) is safe.MachineError and os.strerror(number) in str(found)
+    assert type(found) is errors.MachineError and os.strerror(number) in str(found)
     assert str(found).startswith(path or "the machine") and str(found).endswith("run the same command")
 
 
@@ -169,7 +171,7 @@ def test_what_the_disk_or_the_machine_does_is_its_fault(name, path):
 def test_a_full_disk_is_said_with_what_is_free(name, tmp_path):
     number = getattr(errno, name)
     found = disk.in_words(OSError(number, os.strerror(number), str(tmp_path / "file")))
-    assert type(found) is safe.MachineError
+    assert type(found) is errors.MachineError
     assert str(found).startswith(f"the disk refused to write {tmp_path}/file: {os.strerror(number)}, ")
     assert "MiB are free there; free some" in str(found)
 

@@ -6,7 +6,7 @@ import pytest
 from test_safe import finish, python, wait_for
 
 from data.common import door, system
-from data.common.safe import UserError
+from data.common.errors import UserError
 
 HOLD = "import sys, time; from data.common import door\nwith door.{}: print('held', flush=True); time.sleep(60)"
 

@@ -10,7 +10,7 @@ from conftest import PIPELINE
 from safetensors.torch import load_file, save_file
 
 from data.buckets import time_ids
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
 from data.models.files import Model
 from data.models.identity import identities

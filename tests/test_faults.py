@@ -63,7 +63,7 @@ from safetensors.torch import load, load_file, save_file
 import infer.compare  # this and train.loop before the processes are forked, or each would import them again
 import train.loop  # noqa: F401
 from data.cache import Cache, read_manifest
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
 from train.batches import Batches
 

@@ -12,7 +12,7 @@ from conftest import inject_filled, narrow_sdxl_unet, predict, sdxl_unet, unet_i
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 from lora.files import export, key, load, read
 from lora.inject import inject, targets
 

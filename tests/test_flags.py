@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, one_line_error
 from conftest import command as run_command
 
+from data.common.errors import UserError
 from data.common.flags import COMMANDS, parse
-from data.common.safe import UserError
 
 NEEDED = {
     "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],

@@ -7,7 +7,7 @@ import torch
 from conftest import inject_filled, unet_inputs
 from torch import nn
 
-from data.common.safe import NumbersError
+from data.common.errors import NumbersError
 from train.health import MOST_OVERFLOWS, Health, first_not_finite
 
 

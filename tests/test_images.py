@@ -17,7 +17,7 @@ from conftest import ROOT, icc_profile
 from PIL import Image, ImageCms, features
 
 from data import images
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 from data.images import read_rgb, upright_size, without_pillows_limit
 
 

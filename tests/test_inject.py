@@ -8,7 +8,7 @@ import torch
 from conftest import add_gradients, inject_filled, predict, sdxl_unet, unet_inputs
 from torch import nn
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 from lora.adapters import ALIGN
 from lora.attention import fuse_projections
 from lora.inject import TARGETS, inject, targets

@@ -20,7 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load
 
 from data.cache import Cache
-from data.common.safe import NumbersError, UserError
+from data.common.errors import NumbersError, UserError
 from lora.inject import inject
 from train import plan
 from train.batches import Batches

@@ -9,8 +9,9 @@ from conftest import PIPELINE
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from data.common.errors import MachineError, UserError
 from data.common.flags import PRECISIONS
-from data.common.safe import MachineError, UserError, free_memory
+from data.common.system import free_memory
 from data.models.files import Model, load, torch_dtype
 
 
@@ -88,7 +89,7 @@ def test_weights_that_do_not_fit_are_refused(model):
 def test_a_machine_with_too_little_memory_is_told_before_it_is_taken(model, monkeypatch):
     """Linux would end the process with a 137 and no word."""
     size = sum(tensor.numel() * 4 for tensor in load_file(weights(model)).values())
-    monkeypatch.setattr("data.common.safe.free_memory", lambda: size - 1)
+    monkeypatch.setattr("data.common.system.free_memory", lambda: size - 1)
     with pytest.raises(
         MachineError, match="unet: to load its weights needs 0.0 GiB of RAM, 0.0 are free; end other programs"
     ):

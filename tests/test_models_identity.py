@@ -10,7 +10,7 @@ from conftest import PIPELINE, PRECOMPUTE, TRAIN, Forked, here, one_line_error
 from safetensors.torch import load_file, save_file
 
 from data.cache import read_manifest
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.models import identity as module
 from data.models.files import Model
 from data.models.identity import IDENTITIES, check_unchanged, identities, identity

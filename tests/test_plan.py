@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, command, here, one_line_error, settings
 from test_loop import TRAIN
 
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 from train import plan
 from train.plan import Block, choose, peak
 

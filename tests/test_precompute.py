@@ -25,7 +25,7 @@ from conftest import (
 from PIL import Image
 
 from data.cache import Cache
-from data.common.safe import NumbersError, UserError
+from data.common.errors import NumbersError, UserError
 from data.encoders import VAE, TextEncoders
 from data.images import read_rgb
 from data.models.files import Model

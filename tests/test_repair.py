@@ -13,7 +13,7 @@ from conftest import PICTURES, PRECOMPUTE, Forked, content, edit_captions, preco
 from PIL import Image
 
 from data.cache import Cache, Rows
-from data.common.safe import NumbersError, UserError
+from data.common.errors import NumbersError, UserError
 from data.encoders import VAE
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data.common import safe
+from data.common import errors, safe
 
 
 def python(code, *argv, **popen):
@@ -35,11 +35,11 @@ def wait_for(process, word):
 @pytest.mark.parametrize(
     "error, code",
     [
-        (safe.UserError("row 3:\nbad"), 2),
-        (safe.MachineError("disk"), 3),
-        (safe.NumbersError("loss"), 4),
-        (safe.Stopped(signal.SIGTERM, "stopped"), 143),
-        (safe.Stopped(signal.SIGINT, "stopped"), 130),
+        (errors.UserError("row 3:\nbad"), 2),
+        (errors.MachineError("disk"), 3),
+        (errors.NumbersError("loss"), 4),
+        (errors.Stopped(signal.SIGTERM, "stopped"), 143),
+        (errors.Stopped(signal.SIGINT, "stopped"), 130),
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device"), 3),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2),
@@ -71,7 +71,7 @@ def test_a_message_is_one_line_of_readable_length(capfd):
     """A row whose caption is a file of megabytes, with all that a terminal obeys."""
 
     def main(argv):
-        raise safe.UserError("row 3: its caption '" + "word \x1b[2J\n" * 10**6 + "' is no caption; write another")
+        raise errors.UserError("row 3: its caption '" + "word \x1b[2J\n" * 10**6 + "' is no caption; write another")
 
     began = time.monotonic()
     with pytest.raises(SystemExit):

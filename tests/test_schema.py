@@ -7,8 +7,8 @@ import shutil
 import pytest
 from conftest import PIPELINE, PRECOMPUTE, Forked, one_line_error
 
+from data.common.errors import UserError
 from data.common.fields import check_fields, loads, number, one_of, read_json, shown, whole
-from data.common.safe import UserError
 from data.models.files import Model
 from data.models.schema import CONFIGS
 from tests.bench.full_size import UNET as SDXL

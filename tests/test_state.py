@@ -11,7 +11,7 @@ import torch
 from conftest import settings
 from torch import nn
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 from lora.inject import inject
 from train.same_run import DEFAULTS
 from train.state import read_state, restore, save_state

@@ -12,11 +12,11 @@ import warnings
 import pytest
 from conftest import ROOT
 
-from data.common import safe, streams
+from data.common import disk, errors, safe, streams
 
 TALK = """
 import sys, warnings
-from data.common import safe
+from data.common import errors, safe
 
 def main(argv):
     with open(argv[0], "w") as file:
@@ -25,7 +25,7 @@ def main(argv):
             print("bar", i, end="\\r", file=sys.stderr, flush=True)
             file.write(f"{i}\\n")
     print("done")
-    raise safe.UserError("the end") if argv[1:] else SystemExit(0)
+    raise errors.UserError("the end") if argv[1:] else SystemExit(0)
 
 safe.run(main, sys.argv[1:])
 """
@@ -74,7 +74,7 @@ def test_an_exit_code_does_not_need_a_reader(tmp_path):
 
 def test_a_file_of_ours_on_a_full_disk_is_an_error_all_the_same(capfd):
     def main(argv):
-        with safe.naming("/dev/full"), open("/dev/full", "w") as file:
+        with disk.naming("/dev/full"), open("/dev/full", "w") as file:
             file.write("a step")
 
     with pytest.raises(SystemExit) as left:
@@ -123,7 +123,7 @@ def test_a_slow_reader_gets_every_byte():
 def test_an_error_is_never_on_a_bars_line(capfd):
     def main(argv):
         print("captions:  12%|█", end="", file=sys.stderr, flush=True)
-        raise safe.UserError("bad")
+        raise errors.UserError("bad")
 
     with pytest.raises(SystemExit):
         safe.run(main, [])

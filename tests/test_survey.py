@@ -23,7 +23,7 @@ from conftest import (
 from PIL import Image
 
 from data.cache import Cache
-from data.common.safe import UserError
+from data.common.errors import UserError
 from data.dataset import open_examples
 from data.survey import Skipped, survey
 from train.batches import Batches

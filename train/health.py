@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from data.common.safe import NumbersError
+from data.common.errors import NumbersError
 
 SHOWN = 8  # names and timesteps in a message
 MOST_OVERFLOWS = 20  # in a row; each halves the loss scale, and after 166 it is 0 and NaN goes into the weights

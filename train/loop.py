@@ -17,8 +17,9 @@ from diffusers import UNet2DConditionModel
 
 from data import check
 from data.cache import Cache, cache_folder
+from data.common.errors import NumbersError, Stopped, UserError
 from data.common.flags import Train
-from data.common.safe import NumbersError, Signals, Stopped, UserError
+from data.common.safe import Signals
 from data.models import fused
 from data.models.files import Model, load, torch_dtype
 from data.models.identity import check_unchanged

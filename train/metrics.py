@@ -9,7 +9,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.common.safe import atomic_write, naming
+from data.common.disk import atomic_write, naming
 
 
 class Metrics:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from diffusers.optimization import get_scheduler
 
-from data.common.safe import UserError
+from data.common.errors import UserError
 
 CYCLES = 3  # of cosine_with_restarts; with diffusers' own default, one, it would be cosine
 POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data.common.safe import MachineError, UserError
+from data.common.errors import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
 UNUSED = 3 * 2**27  # bytes that the allocator holds without using them: 0.17 to 0.35 GiB were seen at SDXL's size

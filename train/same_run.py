@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import cache_folder, changed_rows, read_began, read_index, read_manifest
+from data.common.disk import atomic_write, sync_folder
+from data.common.errors import UserError
 from data.common.flags import Train
-from data.common.safe import UserError, atomic_write, sync_folder
 
 # What may differ between a run and its continuation. The second line is about how a step is computed, not what;
 # "compile" is a flag that earlier versions had.

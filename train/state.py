@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from data.common.disk import atomic_write, need_space
+from data.common.errors import UserError
 from data.common.fields import Rule, check_fields, each, either, loads, named, number, one_of, only, text, whole
-from data.common.safe import UserError, atomic_write, need_space
 from train.same_run import check_same
 
 VERSION = 2

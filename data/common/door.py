@@ -9,7 +9,8 @@ import stat
 from pathlib import Path
 
 from data.common import system
-from data.common.safe import DISK_ERRORS, UNFINISHED, MachineError, UserError
+from data.common.disk import DISK_ERRORS, UNFINISHED
+from data.common.errors import MachineError, UserError
 
 
 @contextlib.contextmanager

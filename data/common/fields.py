@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.common.safe import DISK_ERRORS, UserError
+from data.common.disk import DISK_ERRORS
+from data.common.errors import UserError
 
 REQUIRED = object()  # instead of what a missing field means
 DEEPEST = 32  # lists and objects inside each other

@@ -10,7 +10,7 @@ import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 
-from data.common.safe import UserError, is_text
+from data.common.errors import UserError, is_text
 
 
 def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):

@@ -1,7 +1,6 @@
 """What every command needs around its work: its errors as one line, its signals, its streams.
 
-The words of errors.py and disk.py are given on from here. Standard library only, so that every layer may import it and
-a mistyped flag is answered before torch is imported.
+Standard library only, as all of data/common, so that a mistyped flag is answered before torch is imported.
 """
 
 import logging
@@ -9,53 +8,10 @@ import os
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 
 from data.common import streams, system
-from data.common.disk import (
-    DISK_ERRORS,
-    UNFINISHED,
-    atomic_write,
-    free_space,
-    in_words,
-    naming,
-    need_space,
-    sha256_file,
-    sync_folder,
-)
-from data.common.errors import (
-    MachineError,
-    NumbersError,
-    Stopped,
-    UserError,
-    is_text,
-    one_line,
-    out_of_memory,
-    printable,
-)
-
-__all__ = [
-    "DISK_ERRORS",
-    "UNFINISHED",
-    "MachineError",
-    "NumbersError",
-    "Signals",
-    "Stopped",
-    "UserError",
-    "atomic_write",
-    "free_memory",
-    "free_space",
-    "is_text",
-    "naming",
-    "need_memory",
-    "need_space",
-    "one_line",
-    "out_of_memory",
-    "printable",
-    "run",
-    "sha256_file",
-    "sync_folder",
-]
+from data.common.disk import in_words
+from data.common.errors import UserError, one_line, out_of_memory
 
 HANGUP = "SIGHUP"  # which Windows does not have
 LIBRARIES = ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB")
@@ -140,18 +96,3 @@ class Signals:
         if not again:
             name = signal.Signals(signum).name
             streams.Output(2).say(f"\n{name}: finishing this step and saving; once more ends at once")
-
-
-def free_memory():
-    """Bytes of RAM that programs can still have. A container's own limit is not looked at."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines.get("MemAvailable", lines["MemFree"]).split()[0]) * 1024
-
-
-def need_memory(needed, what):
-    """Raise MachineError when less than `needed` bytes of RAM are free, because Linux just ends who takes more."""
-    free = free_memory()
-    if needed > free:
-        raise MachineError(
-            f"{what} needs {needed / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} are free; end other programs"
-        )

@@ -5,6 +5,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from data.common.errors import MachineError
+
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
 
 
@@ -42,3 +44,18 @@ def holders(path):
         if "->" not in words and place in words:
             found.add(int(words[words.index(place) - 1]))
     return sorted(found - {os.getpid()})
+
+
+def free_memory():
+    """Bytes of RAM that programs can still have. A container's own limit is not looked at."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines.get("MemAvailable", lines["MemFree"]).split()[0]) * 1024
+
+
+def need_memory(needed, what):
+    """Raise MachineError when less than `needed` bytes of RAM are free, because Linux just ends who takes more."""
+    free = free_memory()
+    if needed > free:
+        raise MachineError(
+            f"{what} needs {needed / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} are free; end other programs"
+        )

@@ -6,9 +6,10 @@ What is not there is downloaded once; what cannot be found is named.
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.common.disk import check_readable
+from data.common.disk import DISK_ERRORS, check_readable
+from data.common.errors import UserError, out_of_memory
 from data.common.fields import check_fields, read_json
-from data.common.safe import DISK_ERRORS, UserError, need_memory, out_of_memory
+from data.common.system import need_memory
 from data.models.identity import fingerprint, identity
 from data.models.schema import CONFIGS, check_together
 

@@ -14,8 +14,9 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from data.common.disk import sha256_file
+from data.common.errors import UserError
 from data.common.fields import Rule, check_fields, each, loads, text, whole
-from data.common.safe import UserError, sha256_file
 from data.models.schema import CONFIGS
 
 CHUNK = 2**22  # bytes that are read and digested at once

@@ -5,8 +5,8 @@ weights do not compute with must have SDXL's value: another one would be ignored
 concerns a library (versions, dropout, how a pipeline draws) changes nothing and is passed over.
 """
 
+from data.common.errors import UserError
 from data.common.fields import Rule, each, either, number, one_of, only, switch, text, whole
-from data.common.safe import UserError
 
 LEVELS = 3  # of SDXL's UNet; the names of the weights that training exports assume two blocks in each
 VAE_LEVELS = 4  # each but the last halves the picture's sides

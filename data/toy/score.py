@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 from data.cache import cache_folder, read_index, read_manifest
-from data.common import safe
+from data.common import disk, errors, safe
 from data.encoders import VAE, TextEncoders
 from data.models.files import Model, load
 from data.survey import image_digest
@@ -100,12 +100,12 @@ def score(run):
     """All scores of a run that was trained and compared. -> dict, as scores.json holds it."""
     folder = run / "compare"
     if not (folder / "report.json").exists():
-        raise safe.UserError(f"{folder / 'report.json'}: not there; run python -m infer --output_dir {run} first")
+        raise errors.UserError(f"{folder / 'report.json'}: not there; run python -m infer --output_dir {run} first")
     prompts = json.loads((folder / "report.json").read_text())["prompts"]
     try:
         scenes = [parse(prompt) for prompt in prompts]
     except ValueError as error:
-        raise safe.UserError(f"{folder / 'report.json'}: {error}; only its prompts can be scored") from None
+        raise errors.UserError(f"{folder / 'report.json'}: {error}; only its prompts can be scored") from None
     manifest = read_manifest(cache_folder(run))
     model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
 
@@ -145,7 +145,7 @@ def main(argv):
         return
     scores = score(run)
     path = run / "compare" / "scores.json"
-    with safe.atomic_write(path, "w") as file:
+    with disk.atomic_write(path, "w") as file:
         json.dump(scores, file, indent=1)
     for name in ("base", "lora"):
         shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")]

@@ -29,8 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.buckets import make_buckets
 from data.cache import INDEX, Rows, posteriors_name, write_index
+from data.common.errors import UserError
 from data.common.flags import parse
-from data.common.safe import UserError
 from data.models.files import Model, load
 from tests.bench.full_size import TOY, make_pipeline
 from train.batches import Batches
