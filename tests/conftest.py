@@ -121,13 +121,14 @@ def add_gradients(adapters, loss):
 
 
 def icc_profile(name, red, green, blue, gamma):
-    """The bytes of an ICC profile, version 2: a matrix of the primaries' XYZ under D50, and one gamma."""
+    """The bytes of an ICC profile, version 2: a matrix of the primaries' XYZ under D50, and a gamma or a table."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
     text = name.encode() + b"\0"
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    points = [round(gamma * 256)] if isinstance(gamma, float) else gamma
+    curve = b"curv\0\0\0\0" + struct.pack(f">I{len(points)}H", len(points), *points) + b"\0\0"
     tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + b"\0" * 78, b"cprt": b"text\0\0\0\0none\0"}
     tags |= {b"wtpt": xyz((0.9642, 1, 0.8249)), b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue)}
     tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}

@@ -201,6 +201,10 @@ def test_an_orientation_that_is_none_turns_nothing(orientation):
 
 P3 = icc_profile("P3", (0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407), 2.2)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# sRGB as some programs write it, small: its curve in 26 points, between which it is a bit off
+CURVE = [i / 25 / 12.92 if i < 2 else ((i / 25 + 0.055) / 1.055) ** 2.4 for i in range(26)]
+OTHER_SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7142))
+OTHER_SRGB = icc_profile("sRGB", *OTHER_SRGB, [round(65535 * value) for value in CURVE])
 COLOURS = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
 
 
@@ -242,9 +246,10 @@ def test_a_profile_is_applied_in_every_format(kind):
 
 def test_an_srgb_profile_changes_nothing():
     """Most pictures carry one, and the transform would round their numbers."""
-    for mode in ("RGB", "RGBA", "L"):
-        image = Image.fromarray(COLOURS).convert(mode)
-        assert np.array_equal(pixels(encoded(image, icc_profile=SRGB)), pixels(encoded(image, icc_profile=None)))
+    for profile in (SRGB, OTHER_SRGB):
+        for mode in ("RGB", "RGBA", "L"):
+            image = Image.fromarray(COLOURS).convert(mode)
+            assert np.array_equal(pixels(encoded(image, icc_profile=profile)), pixels(encoded(image, icc_profile=None)))
 
 
 def test_transparent_and_palette_pictures_keep_their_alpha_under_a_profile():
