@@ -76,8 +76,8 @@ def encode_captions(draft, todo, device, stop):
         draft.captions.write(1, unconditional(draft))
     if len(todo.captions):
         with tqdm(total=len(todo.captions), unit="caption", desc="captions") as bar:
-            batches = captions_in_batches(draft, todo.captions, stop, long)
-            draft.captions.write(len(todo.captions), batches, bar.update)
+            embeddings = captions_in_batches(draft, todo.captions, stop, long)
+            draft.captions.write(len(todo.captions), embeddings, bar.update)
     stop_if_asked(stop)
     if long:
         print(
@@ -97,8 +97,8 @@ def encode_pictures(draft, todo, device, stop, pool, failed):
     with tqdm(total=count, unit="image", desc="pictures") as bar:
         for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
             pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
-            batches = posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar)
-            posteriors.write(len(rows), batches, bar.update)
+            encoded = posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar)
+            posteriors.write(len(rows), encoded, bar.update)
             stop_if_asked(stop)
 
 

@@ -35,7 +35,7 @@ from data.models.files import Model
 from data.models.identity import identities
 from data.survey import Skipped, changes, first_captions, key, missing, survey
 
-WRITES = ("manifest.json", "index.npy", "names.txt", "captions.rows", "captions.keys")
+WRITES = ("manifest.json", "index.npy", "captions.npy", "names.txt", "captions.rows", "captions.keys")
 # What a resumed training must find unchanged, of each row.
 CONTENT = ("picture_key", "mirrored_key", "captions", "time_ids", "held_out")
 
@@ -139,7 +139,7 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
             resolution=settings.resolution,
             scaling_factor=vae.config["scaling_factor"],
             buckets=some_buckets,
-            posterior_shapes=[rows.shape for rows in posteriors],
+            posterior_shapes=[file.shape for file in posteriors],
             text_shape=texts.text_shape,
             pooled_shape=texts.pooled_shape,
         ),
@@ -249,8 +249,7 @@ def commit(draft, skipped, failed):
 
 
 def places(draft):
-    """-> (the index: where the rows' pictures are, -1 for what is not there, and what survey found; where all captions
-    are)"""
+    """Where all rows are, -1 for what is not there. -> (the index, with what survey found; the captions' rows)"""
     rows = draft.rows
     index = np.zeros(len(rows), INDEX)
     for field in set(INDEX.names) & set(rows.dtype.names):
