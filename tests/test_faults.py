@@ -374,12 +374,15 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
 
     def hang(*args):
         calls.append(None)
-        time.sleep(60 if len(calls) > 1 else 0)
+        if len(calls) > 1:
+            (tmp_path / "hangs").touch()
+            time.sleep(60)
         return finish(*args)
 
     monkeypatch.setattr(VAE, "_finish", hang)
     process = precomputer(run, pictures, log)
-    when(lambda: lines_of_keys(run) >= 2, process)
+    # both, because the first batch is on disk before the second one is begun
+    when(lambda: lines_of_keys(run) >= 2 and (tmp_path / "hangs").exists(), process)
     process.send(first)
     when(lambda: "once more ends at once" in process.output, process)
     time.sleep(0.1)
