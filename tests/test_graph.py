@@ -77,17 +77,10 @@ def trained(cached, tmp_path, name, *flags):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_graph_eager_recomputed_and_pytorchs_functions_train_the_same(cached, tmp_path, precision, monkeypatch):
-    monkeypatch.setattr(
-        torch.backends.cudnn, "allow_tf32", False
-    )  # its rounding differs between two layouts by as much as fp16's
-    runs = {
-        name: trained(cached, tmp_path, name, "--mixed_precision", precision, *flags)
-        for name, flags in {
-            "graph": [],
-            "eager": ["--no_cuda_graph"],
-            "recomputed": ["--gradient_checkpointing"],
-        }.items()
-    }
+    # TF32's rounding differs between two layouts by as much as fp16's
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    ways = {"graph": [], "eager": ["--no_cuda_graph"], "recomputed": ["--gradient_checkpointing"]}
+    runs = {name: trained(cached, tmp_path, name, "--mixed_precision", precision, *ways[name]) for name in ways}
     fuse = fused.fuse
     monkeypatch.setattr(fused, "_functions", lambda x: fused.Plain)
     monkeypatch.setattr(fused, "fuse", lambda model, device: fuse(model, torch.device("cpu")))  # not channels_last
