@@ -30,7 +30,7 @@ import numpy as np
 
 from data.common import fields
 from data.common.ahead import ahead
-from data.common.disk import atomic_write, naming, sha256_file
+from data.common.disk import atomic_write, claim, naming, sha256_file
 from data.common.errors import MachineError, UserError
 from data.common.words import many
 from data.models.identity import IDENTITIES
@@ -134,7 +134,12 @@ class Rows:
         return rows
 
     def good(self, index):
-        """Whether the row's bytes are those that were written."""
+        """Whether the row's bytes are those that were written.
+
+        Raises MachineError when the file became shorter: reading what is gone of a map kills a process (SIGBUS).
+        """
+        if self._file and self._file.size() < len(self.map) * self.row_bytes:
+            raise MachineError(f"{self.path}: became shorter while it was read; {REPAIR}")
         return index < len(self.map) and zlib.crc32(self.map[index]) == self.keys["crc"][index]
 
     def __getitem__(self, index):
@@ -158,10 +163,7 @@ class Rows:
             open(self.keys_path, "r+b" if self.keys_path.exists() else "w+b") as index,
         ):
             index.truncate(len(self) * KEY.itemsize)  # without the half key that a killed writer left
-            try:  # claim the space now, because a disk that is too full would show only after hours of encoding
-                os.posix_fallocate(data.fileno(), 0, size)
-            except OSError as error:
-                raise MachineError(f"{self.path}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
+            claim(data, size)
             writer = _Writer(self, data, index, stored)
             try:
                 with ThreadPoolExecutor(1) as pool:

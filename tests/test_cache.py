@@ -456,3 +456,14 @@ def test_damaged_names_are_put_right_and_stand_in_no_messages_way(fresh, run):
     assert Cache(fresh / "cache").names([3, 0]) == ["row 3", "row 0"]
     precompute(fresh, run.pictures)
     assert path.read_bytes() == good and Cache(fresh / "cache").names([0]) == [good.decode().split("\n")[0]]
+
+
+def test_rows_that_become_shorter_while_they_are_read_are_a_line(cached, tmp_path):
+    """Another program cuts the file under the map; what is gone of it would kill the process without a word."""
+    shutil.copytree(cached / "cache", tmp_path / "cache")
+    cache = Cache(tmp_path / "cache")
+    none = np.zeros(1, bool)
+    cache.batch([0], none, none)
+    os.truncate(cache.posteriors[0].path, 100)
+    with pytest.raises(MachineError, match="posteriors-64x64.rows: became shorter while it was read"):
+        cache.batch([0], none, none)

@@ -835,7 +835,7 @@ LEAVES = [
     pytest.param("closed at the start", None, 0, marks=pytest.mark.slow),
     pytest.param("pipe", None, 0, marks=pytest.mark.slow),
     ("pipe", signal.SIGINT, 130),  # | tee log, where Ctrl-C ends tee first
-    ("terminal", None, 143),
+    pytest.param("terminal", None, 143, marks=pytest.mark.slow),
 ]
 
 
@@ -1412,6 +1412,7 @@ def test_the_strangest_rows_are_kept_or_left_out_by_name(tmp_path, log):
     assert all(rows[name][2] in why for name, why in left_out.items())
 
 
+@pytest.mark.slow
 def test_what_lies_among_the_pictures_and_is_none_is_left_out_by_name(tmp_path):
     """Pipes, devices, links to nothing, what a user may not read, and what would start a program."""
     source, programs = tmp_path / "source", tmp_path / "programs"

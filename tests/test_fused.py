@@ -123,7 +123,10 @@ def nvrtc():
         yield
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90"])
+NEWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_86", "sm_89", "sm_90")]
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", *NEWER])
 @pytest.mark.parametrize("number, n", [("fp16", 8), ("fp16", 1), ("bf16", 8), ("bf16", 1), ("fp32", 4), ("fp32", 1)])
 def test_the_kernels_compile_for_every_gpu_and_fit_a_t4(nvrtc, architecture, number, n):
     """There is machine code, its numbers stay in registers, and a T4's multiprocessor takes two blocks at once."""

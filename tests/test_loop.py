@@ -109,9 +109,11 @@ def test_it_learns(run):
     assert all(t.any() for name, t in state.items() if "lora_up" in name)
 
 
-@pytest.mark.parametrize(
-    "schedule, warmup", [("constant", 0), ("constant_with_warmup", 3), ("cosine", 2), ("linear", 0)]
-)
+SCHEDULES = [("constant_with_warmup", 3), ("cosine", 2)]
+SCHEDULES += [pytest.param(name, 0, marks=pytest.mark.slow) for name in ("constant", "linear")]
+
+
+@pytest.mark.parametrize("schedule, warmup", SCHEDULES)
 def test_the_learning_rate_is_the_schedulers(schedule, warmup, fresh):
     """diffusers' own scheduler stepped once per optimizer step, from its first value on."""
     from diffusers.optimization import get_scheduler

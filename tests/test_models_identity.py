@@ -189,6 +189,7 @@ def refused(name, tmp_path, *argv):
     return one_line_error(process.output)
 
 
+@pytest.mark.slow
 def test_a_component_that_was_replaced_is_named_and_never_mixed(begun, model, pictures, tmp_path):
     """Between precompute and train, stop and resume, train and infer."""
     kept = tmp_path / "kept"
@@ -215,7 +216,10 @@ def test_a_component_that_was_replaced_is_named_and_never_mixed(begun, model, pi
     assert (begun / "lora.safetensors").read_bytes() == weights and not list((begun / "compare").glob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["unet", "scheduler", "model_index"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("scheduler", "model_index")]
+
+
+@pytest.mark.parametrize("name", ["unet", *SLOWER])
 def test_a_run_is_not_continued_on_a_model_that_precompute_accepted_since(name, begun, model, pictures, tmp_path):
     """These three encode no row, so that the cache stays as it was."""
     train = ["--output_dir", begun, *TRAIN, "--max_train_steps", 2]

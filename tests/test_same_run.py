@@ -140,6 +140,7 @@ def test_restart_of_an_empty_folder_is_a_start(fresh):
     assert not (fresh / "earlier-1").exists() and json.loads((fresh / "run.json").read_text())["cache_dir"] is None
 
 
+@pytest.mark.slow
 def test_a_second_restart_keeps_both(fresh):
     for _ in range(3):
         here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1, "--restart")
