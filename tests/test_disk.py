@@ -134,17 +134,6 @@ def test_room_that_is_not_there_is_refused_with_the_file_and_what_it_needs(tmp_p
             disk.claim(file, 2**20)
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_a_line(tmp_path):
-    """Through a memory map it would be SIGBUS: no message, and no exit code of ours."""
-    path = tmp_path / "rows"
-    path.write_bytes(bytes(range(100)))
-    with open(path, "rb") as file:
-        assert disk.read_at(file, 10, 90) == bytes(range(90, 100))
-        os.truncate(path, 95)
-        with pytest.raises(errors.MachineError, match=f"{path}: became shorter while it was read"):
-            disk.read_at(file, 10, 90)
-
-
 # ---- an OSError in one line
 
 

@@ -121,18 +121,6 @@ def claim(file, size):
         need_space(folder, size - os.fstat(file.fileno()).st_blocks * 512, file.name)
 
 
-def read_at(file, size, offset):
-    """`size` bytes of an open file from `offset` on. Raises MachineError where the file ends before.
-
-    Instead of a memory map, where the same kills the process: SIGBUS cannot be caught in Python.
-    """
-    with naming(file.name):
-        data = os.pread(file.fileno(), size, offset)
-    if len(data) < size:
-        raise MachineError(f"{file.name}: became shorter while it was read; bring it back, or make it again")
-    return data
-
-
 def check_readable(path):
     """Raise the OSError that says why a file cannot be read; safetensors says of any such file that it is not there."""
     with naming(path), open(path, "rb") as file:
