@@ -70,6 +70,13 @@ def test_three_runs_of_different_ranks_on_one_cache_at_once(cached, tmp_path):
     )  # without --cache_dir
     here("infer", "--output_dir", tmp_path / "r2", "--prompt", "x", "--num_inference_steps", 1)
     assert not (tmp_path / "r2" / "cache").exists()
+    said, _ = refused(tmp_path / "r2", tmp_path / "log", "--rank", 5)
+    assert f"--rank 5 --cache_dir {tmp_path}/cache" in " ".join(said)  # the cache that the run began with
+    words = ("--output_dir", tmp_path / "r2", *TRAIN, "--rank", 5, "--max_train_steps", 1000, "--restart")
+    again = Forked("train", words, tmp_path / "log5")
+    when(lambda: lines(tmp_path / "r2" / "metrics.jsonl") == 3, again)
+    again.send(2)
+    assert again.wait() == 130 and "run the same command without --restart to go on" in again.output
 
 
 def test_weights_whose_state_is_gone_are_moved_away_at_a_start_from_0(run, tmp_path, capsys):
@@ -163,3 +170,10 @@ def test_a_run_keeps_the_number_of_threads_that_it_began_with(cached, tmp_path):
     losses = {name: [json.loads(line)["loss"] for line in open(tmp_path / name / "metrics.jsonl")] for name in threads}
     assert losses["once"] == losses["resumed"]
     assert losses["once"] != losses["one"]  # else this test would show nothing
+
+
+def test_restart_without_a_cache_moves_nothing(run, tmp_path, log):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("cache"))
+    assert "no finished cache here" in refused(folder, log, "--restart")[1]
+    assert (folder / "state").exists() and not (folder / "earlier-1").exists()

@@ -1,6 +1,7 @@
 """python -m train: what can be refused without torch first, then the seconds that importing it takes."""
 
 import sys
+from dataclasses import replace
 
 from data.common import door, safe
 from data.common.flags import parse
@@ -11,15 +12,17 @@ WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 def main(argv):
     settings = parse("train", argv)
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
-        from data.cache import cache_folder
+        from data.cache import cache_folder, read_manifest
         from train import same_run
 
         cache = cache_folder(run, settings.cache_dir)
         with door.reading(cache):
+            manifest = read_manifest(cache)
             try:
                 if settings.restart:
+                    settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it moves now
                     same_run.put_aside(run)
-                same_run.check_at_the_door(run, settings)
+                same_run.check_at_the_door(run, settings, manifest)
                 from train.loop import train
 
                 train(settings, run)

@@ -28,6 +28,12 @@ def before(run):
     )
 
 
+def stopped(run, done):
+    """How to go on after a signal."""
+    command = "the same command without --restart" if run.settings.restart else "the same command"
+    return f"stopped after step {done}, saved; run {command} to go on"
+
+
 def after(run, seconds):
     """What is there now, and the next command."""
     took = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"

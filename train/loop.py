@@ -73,7 +73,7 @@ def train(settings, folder):
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
             if stop.received and done < settings.max_train_steps:
-                raise Stopped(stop.received, f"stopped after step {done}, saved; run the same command to go on")
+                raise Stopped(stop.received, announce.stopped(run, done))
     export_weights(run, "lora")
     announce.after(run, metrics.seconds())
 

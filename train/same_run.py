@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import cache_folder, changed_rows, read_began, read_index, read_manifest
+from data.cache import cache_folder, changed_rows, read_began, read_index
 from data.common.disk import atomic_write, sync_folder
 from data.common.errors import UserError
 from data.common.flags import Train
@@ -31,9 +31,9 @@ PARTS = ("state", "metrics.jsonl", "run.json", "rows.npz", "samples", "tensorboa
 class AnotherRun(UserError):
     """The folder holds a run that was started with something else."""
 
-    def __init__(self, run, differences):
+    def __init__(self, run, cache, differences):
         super().__init__(f"{run}: holds another run: {'; '.join(differences)}")
-        self.run = Path(run)
+        self.run, self.cache = Path(run), cache
 
     def ways_on(self, argv):
         """The two commands that go on from here, a line each."""
@@ -41,7 +41,7 @@ class AnotherRun(UserError):
         at = next(i for i, word in enumerate(rest) if word.split("=")[0] == "--output_dir")
         del rest[at : at + (1 if "=" in rest[at] else 2)]
         number = next(n for n in range(2, 10**6) if not os.path.lexists(f"{self.run}-{n}"))
-        shared = [] if any(word.startswith("--cache_dir") for word in rest) else ["--cache_dir", f"{self.run}/cache"]
+        shared = [] if any(word.startswith("--cache_dir") for word in rest) else ["--cache_dir", str(self.cache)]
         new = shlex.join(["--output_dir", f"{self.run}-{number}", *rest, *shared])
         again = shlex.join(["--output_dir", str(self.run), *rest, "--restart"])
         return (
@@ -62,24 +62,24 @@ def check_same(run, there, here):
     """
     there, here = DEFAULTS | there, DEFAULTS | here
     differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    words = [f"{name} {there.get(name)} there, {here.get(name)} here" for name in differ if name not in MAY_CHANGE]
-    if "cache" in differ:
-        words = _what_changed(run, here["cache_dir"]) + [word for word in words if not word.startswith("cache ")]
-    if words:
-        raise AnotherRun(run, words)
+    if differ := [name for name in differ if name not in MAY_CHANGE]:
+        cache = cache_folder(run, here["cache_dir"])
+        words = _what_changed(run, cache) if "cache" in differ else []
+        words += [f"{name} {there.get(name)} there, {here.get(name)} here" for name in differ if name != "cache"]
+        raise AnotherRun(run, cache, words)
 
 
-def check_at_the_door(run, settings):
-    """The same before torch is imported and the model known. Raises UserError as well where there is no cache."""
-    here = identity_of(settings, read_manifest(cache_folder(run, settings.cache_dir)))
+def check_at_the_door(run, settings, manifest):
+    """The same before torch is imported and the model is known. manifest: the cache's."""
+    here = identity_of(settings, manifest)
     began = read_began(run)
     if began and any((run / "state").glob("*.state")):
         check_same(run, {name: value for name, value in began["identity"].items() if name in here}, here)
 
 
-def _what_changed(run, cache_dir):
+def _what_changed(run, cache):
     """What changed in the cache since the run began, in words."""
-    now, path = read_index(cache_folder(run, cache_dir)), Path(run) / "rows.npz"
+    now, path = read_index(cache), Path(run) / "rows.npz"
     if not now or not path.exists():
         return ["other rows in the cache"]
     with np.load(path) as began:
