@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
 # Here and in every command one thread, because the tensors are small and more would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which every command here would inherit
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
