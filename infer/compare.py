@@ -12,6 +12,7 @@ from data import check
 from data.cache import cache_folder, read_manifest
 from data.common.disk import atomic_write
 from data.common.errors import UserError, one_line
+from data.common.words import many
 from data.encoders import TextEncoders
 from data.models.files import Model, load
 from data.models.identity import check_unchanged
@@ -79,7 +80,7 @@ def compare(settings, run):
     )
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
-    print(f"{folder / 'grid.png'}: {len(settings.prompt)} prompts, base above, LoRA below")
+    print(f"{folder / 'grid.png'}: {many(len(settings.prompt), 'prompt')}, base above, LoRA below")
 
 
 def models(settings, run):

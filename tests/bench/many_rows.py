@@ -73,9 +73,11 @@ def precompute(folder, run):
     encoders.TextEncoders, encoders.VAE = Texts, Pictures
     flags = ["--output_dir", run, "--train_data_dir", folder, "--pretrained_model_name_or_path", str(TOY)]
     settings = parse("data.precompute", [*flags, "--resolution", "64", "--mixed_precision", "no"])
+    cache = Path(run) / "cache"
+    cache.mkdir()
     before, began = resident(), time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        command.precompute(settings, Path(run) / "cache", pool)
+        command.precompute(settings, cache, pool)
     print(json.dumps(dict(mb=resident(), mb_before=before, seconds=time.perf_counter() - began)))
 
 
