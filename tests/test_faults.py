@@ -718,7 +718,7 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
     captions = (source / "metadata.jsonl").read_bytes()
     edit_captions(source, lambda rows: [*rows[:3], dict(rows[3], text="something new"), *rows[4:]])
     precompute(folder, source)
-    assert "cache" in refused(trainer(folder, log), 2)  # another run's state is in this folder
+    assert "1 caption changed since it began" in refused(trainer(folder, log), 2)  # another run's state is here
     (source / "metadata.jsonl").write_bytes(captions)
     precompute(folder, source)
     process = trainer(folder, log, "--max_train_steps", 12)
@@ -903,7 +903,7 @@ NOT_READABLE = {
     ),
     "train": (
         *("run/cache", "run/cache/manifest.json", "run/cache/index.npy", "run/cache/captions.rows"),
-        *("run/cache/moments-64x64.keys", "run/state", "run/state/000006.state", "run/metrics.jsonl"),
+        *("run/cache/posteriors-64x64.keys", "run/state", "run/state/000006.state", "run/metrics.jsonl"),
         *("model/unet/config.json", "model/unet/diffusion_pytorch_model.safetensors"),
         *("model/scheduler/scheduler_config.json", "run"),
     ),
@@ -1107,6 +1107,7 @@ def test_a_runs_folder_of_any_name_holds_all_that_is_written(pictures, tmp_path,
     here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
     run = (tmp_path / "cwd" / folder).resolve()
     wanted = {"lora.safetensors", "lora-000001.safetensors", "metrics.jsonl", ".lock", "cache", "state", "compare"}
+    wanted |= {"run.json", "rows.npz"}
     assert {p.name for p in run.iterdir()} == wanted
     assert [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(run)] == []
     assert not list((tmp_path / "cwd").iterdir())
@@ -1140,7 +1141,7 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
     here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
     here("infer", "--output_dir", run, "--prompt", *ODD, "--num_inference_steps", 1)
     pairs = {f"{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(len(ODD))}
-    assert {p.name for p in (run / "compare").iterdir()} == {"grid.png", "report.json", *pairs}
+    assert {p.name for p in (run / "compare").iterdir()} == {".lock", "grid.png", "report.json", *pairs}
     assert json.loads((run / "compare" / "report.json").read_text())["prompts"] == list(ODD)
     after = every_byte(tmp_path)
     assert {path: blob for path, blob in after.items() if not path.is_relative_to(run)} == before
