@@ -65,6 +65,7 @@ def test_other_prompts_beside_it_change_no_pixel(run, trained):
         assert same(turned[f"{kind}_1.png"], first[f"{kind}_1.png"])
 
 
+@pytest.mark.slow
 def test_lora_scale(run, trained):
     """0 is the base bit for bit; a half is something else than the whole update."""
     zero = compare(trained, PROMPTS[0], lora_scale=0)
@@ -242,6 +243,7 @@ def test_more_steps_than_the_schedule_has_are_refused():
         check_steps(Model(str(PIPELINE)), 1001)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_clip_reads_is_said(trained, capsys):
     """What is cut off is not drawn; without a word one would look for it in the LoRA."""
     compare(trained, "a red ball, " * 1000, "a red ball", num_inference_steps=1)

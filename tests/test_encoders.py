@@ -94,6 +94,7 @@ def test_sdxls_own_vae_is_not_run_in_fp16():
     assert VAE(Model(str(PIPELINE)), "fp16").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_row_that_overflows_in_fp16_is_encoded_again_in_fp32(model):
     """A VAE that claims to be fit for fp16, and is not for one bright picture of two."""
     config = json.loads((model / "vae" / "config.json").read_text())

@@ -396,6 +396,7 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
 ONCE = [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum, code", ONCE)
 def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
     signum, code, pictures, tmp_path, log, small_batches, monkeypatch
@@ -855,6 +856,7 @@ def test_no_step_is_lost_because_nobody_reads_the_bar(kind, signum, code, fresh,
     same_run(fresh, run.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full log", pytest.param("closed at the start", marks=pytest.mark.slow)])
 def test_precompute_and_infer_need_no_reader_either(kind, run, cached, pictures, tmp_path):
     log, before, _ = onto(kind)
@@ -1268,6 +1270,7 @@ def test_a_model_and_a_dataset_of_the_hub_are_used_without_a_network(hub, run, p
     assert np.array_equal(np.asarray(Image.open(folder / name)), np.asarray(Image.open(run.folder / name)))
 
 
+@pytest.mark.slow
 def test_a_branch_of_the_hub_that_moved_is_another_run(hub, pictures, tmp_path):
     """The same id means another UNet then, and half of the steps would be on each."""
     run, other = tmp_path / "run", "b" * 40

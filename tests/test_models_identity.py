@@ -219,6 +219,7 @@ def test_a_component_that_was_replaced_is_named_and_never_mixed(begun, model, pi
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("scheduler", "model_index")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", *SLOWER])
 def test_a_run_is_not_continued_on_a_model_that_precompute_accepted_since(name, begun, model, pictures, tmp_path):
     """These three encode no row, so that the cache stays as it was."""

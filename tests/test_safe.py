@@ -124,6 +124,7 @@ def test_a_second_signal_ends_at_once(first, second):
     assert code == -second and "saved" not in out and time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signals, code",
     [

@@ -84,6 +84,7 @@ def test_each_picture_is_at_the_size_that_keeps_most_of_it(mixed):
     assert used == {0, 1, 2} and len(cache) == MIXED == sum(map(len, cache.members))
 
 
+@pytest.mark.slow
 def test_moments_and_crops_are_those_of_the_upright_picture_at_its_size(mixed):
     """The picture's and its mirror image's, through diffusers' own VAE."""
     from diffusers import AutoencoderKL

@@ -336,6 +336,7 @@ def test_a_cache_with_nothing_to_train_on_is_refused(tmp_path):
 # ---- Sources
 
 
+@pytest.mark.slow
 def test_a_saved_dataset_and_a_parquet_file_give_the_same_rows_as_the_folder(cached, pictures, tmp_path):
     import datasets
 

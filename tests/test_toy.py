@@ -164,6 +164,7 @@ def test_true_pictures_score_as_what_they_are(renders, classify):
         assert np.mean([classify(image) == s.subject for image, s in shown]) >= 0.95
 
 
+@pytest.mark.slow
 def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
     def style(images):
         return measure.style_scores(images, renders["base"], renders["ink"])["style"]
@@ -256,6 +257,7 @@ def test_the_pipeline_has_sdxls_layout_and_size():
     assert (scheduler["beta_schedule"], scheduler["prediction_type"]) == ("scaled_linear", "epsilon")
 
 
+@pytest.mark.slow
 def test_captions_embed_differently_and_the_vae_reconstructs(renders):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL
