@@ -32,12 +32,14 @@ naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto
 PICTURES ?= my_pictures
 PROMPTS   ?= "a cat" "a house at night"
 mine.precompute = $(SDXL) --train_data_dir "$$PICTURES"
-mine.train      = $(naruto.train)
+mine.train      = --rank 32 --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 \
+                  --learning_rate 1e-4 --lr_scheduler constant --use_8bit_adam --mixed_precision fp16 --seed 42
 mine.compare    = --prompt $(PROMPTS)
 
 # Presets of your own: PRESET=file.mk, a file that sets file.precompute, file.train and file.compare as above; or any
 # other name, with these variables on the command line.
 ifeq ($(suffix $(PRESET)),.mk)
+$(if $(wildcard $(PRESET)),,$(error PRESET=$(PRESET): no such file))
 include $(PRESET)
 endif
 

@@ -177,3 +177,6 @@ def test_restart_without_a_cache_moves_nothing(run, tmp_path, log):
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("cache"))
     assert "no finished cache here" in refused(folder, log, "--restart")[1]
     assert (folder / "state").exists() and not (folder / "earlier-1").exists()
+    shutil.copytree(run.folder / "cache", folder / "cache")
+    assert "rank 1000 is more than the widest" in refused(folder, log, "--rank", 1000, "--restart")[1]
+    assert (folder / "state").exists() and not (folder / "earlier-1").exists()

@@ -10,7 +10,7 @@ from data.common import system
 
 @pytest.mark.parametrize("running, spins", [(0, "10000"), (1, "0"), (7, "0")])
 def test_waiting_threads_sleep_at_once_where_the_cores_are_busy(running, spins, monkeypatch):
-    """Spinning next to a browser made the first try a hundred times slower; sleeping when alone makes it twice as slow."""
+    """Spinning next to a browser made the first try a hundred times slower; sleeping alone, twice."""
     monkeypatch.setattr(system, "others_running", lambda: running)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)

@@ -20,9 +20,9 @@ def main(argv):
             manifest = read_manifest(cache)
             try:
                 if settings.restart:
-                    settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it moves now
-                    same_run.put_aside(run)
-                same_run.check_at_the_door(run, settings, manifest)
+                    settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
+                else:
+                    same_run.check_at_the_door(run, settings, manifest)
                 from train.loop import train
 
                 train(settings, run)

@@ -1,5 +1,7 @@
 """What a training says before its first step and after its last one."""
 
+import shlex
+
 from data.common.words import many
 from train.state import bytes_to_save
 
@@ -36,9 +38,9 @@ def stopped(run, done):
 
 def after(run, seconds):
     """What is there now, and the next command."""
-    took = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
-    folder = run.folder
-    print(f'{folder / "lora.safetensors"} after {took}; next: python -m infer --output_dir {folder} --prompt "…"')
+    took = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else many(round(seconds), "second")
+    folder = shlex.quote(str(run.folder))
+    print(f'{run.folder / "lora.safetensors"} after {took}; next: python -m infer --output_dir {folder} --prompt "…"')
 
 
 def mib(size):

@@ -130,7 +130,7 @@ def setup(settings, folder):
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     public_name = base.public_name(found.get("unet"))
     identity = identity_of(settings, cache.manifest, base=public_name, revision=base.revision, **of_the_model)
-    state = read_state(folder / "state", identity)
+    state = None if settings.restart else read_state(folder / "state", identity)
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
@@ -141,7 +141,10 @@ def setup(settings, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     start, memory_plan = restore(state, adapters, optimizer, scaler)
     need_room(folder, settings, adapters.vector.numel(), start)
-    (remember if state else begin)(folder, identity, cache.folder)
+    if state:
+        remember(folder, identity, cache.folder)
+    else:
+        begin(folder, identity, cache.folder, settings.restart)
 
     run = Run(
         settings=settings,

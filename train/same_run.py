@@ -36,7 +36,7 @@ class AnotherRun(UserError):
         self.run, self.cache = Path(run), cache
 
     def ways_on(self, argv):
-        """The two commands that go on from here, a line each."""
+        """The ways that go on from here, a line each."""
         rest = list(argv)
         at = next(i for i, word in enumerate(rest) if word.split("=")[0] == "--output_dir")
         del rest[at : at + (1 if "=" in rest[at] else 2)]
@@ -46,7 +46,8 @@ class AnotherRun(UserError):
         again = shlex.join(["--output_dir", str(self.run), *rest, "--restart"])
         return (
             f"in a folder of its own: python -m train {new}\n"
-            f"from step 0 here, moving what is here to {earlier(self.run)}: python -m train {again}"
+            f"from step 0 here, moving what is here to {earlier(self.run)}: python -m train {again}\n"
+            "from where it stopped: put back what changed, and run the same command as then"
         )
 
 
@@ -88,13 +89,13 @@ def _what_changed(run, cache):
     return [f"{', '.join(changed)} since it began"] if changed else ["the cache was encoded by another model or VAE"]
 
 
-def begin(run, identity, cache):
-    """Write down what a run begins with. cache: the folder of its cache.
+def begin(run, identity, cache, restart):
+    """Write down what a run begins with. cache: the folder of its cache. restart: move what is there away first.
 
-    Weights of an earlier run whose state is gone are moved away first, because nobody could tell them from new ones.
+    So are weights of an earlier run whose state is gone, because nobody could tell them from new ones.
     """
     before = read_began(run)
-    if any(run.glob("lora*.safetensors")) and not (before and before["identity"] == identity):
+    if restart or any(run.glob("lora*.safetensors")) and not (before and before["identity"] == identity):
         put_aside(run)
     index, names = read_index(cache)
     with atomic_write(run / "rows.npz") as file:
