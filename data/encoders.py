@@ -1,38 +1,27 @@
-"""The two text encoders and the VAE's encoder: precompute runs them once per row, and training never loads them.
+"""The two text encoders and the VAE's encoder, described by the files that they lie in. load() makes them compute.
 
-Shapes and configs are read from their files, so that nothing is loaded when no row is missing.
+Nothing here imports torch, so that a precompute that finds nothing missing ends within a second.
 """
 
-import contextlib
-
-import torch
-from safetensors import SafetensorError
-
-from data.common.ahead import behind
-from data.common.errors import UserError, out_of_memory
-from data.models import fused
-from data.models.files import load, torch_dtype
+from data.common.imports import lean
+from data.models.files import dtype_name
 from data.models.identity import fingerprint
-
-IN_FLIGHT = 2  # batches that a GPU works on while an earlier one is written
-SMALLEST_VOCABULARY = 514  # byte-level CLIP: 256 bytes, each also as the end of a word, and the start and end of a text
 
 
 class TextEncoders:
     """Both CLIPs as SDXL uses them.
 
-    text    the penultimate hidden states of both, side by side, (77, 768 + 1280)
-    pooled  the projected output of the second one, (1280,)
+    text_shape    of a caption's penultimate hidden states of both, side by side: (77, 768 + 1280)
+    pooled_shape  of the projected output of the second one: (1280,)
     """
 
     def __init__(self, model, precision):
-        self.model, self.dtype = model, torch_dtype(precision)
+        self.model, self.precision = model, precision
         self.tokenizer_components = [model.component(name) for name in ("tokenizer", "tokenizer_2")]
         self.encoder_components = [model.component(name) for name in ("text_encoder", "text_encoder_2")]
         configs = [component.config() for component in self.encoder_components]
         self.text_shape = (configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
         self.pooled_shape = (configs[1]["projection_dim"],)
-        self.precision = precision
 
     def fingerprint(self, identities):
         """What an embedding depends on besides its caption. identities: of the model's components, by name."""
@@ -40,103 +29,11 @@ class TextEncoders:
         return "-".join([*(fingerprint(identities[part.name]) for part in parts), self.precision])
 
     def load(self, device):
-        """Load them onto `device`. Raises UserError when they cannot tell two captions apart."""
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
+        """-> LoadedTextEncoders. Raises UserError when they cannot tell two captions apart."""
+        with lean():
+            from data.loaded import LoadedTextEncoders
 
-        disable_progress_bar()
-        self.tokenizers = [_read(component, CLIPTokenizer) for component in self.tokenizer_components]
-        for tokenizer, component, encoder in zip(self.tokenizers, self.tokenizer_components, self.encoder_components):
-            if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
-                raise UserError(
-                    f"{component.folder}: {len(tokenizer)} tokens; its vocabulary is missing, download the model again"
-                )
-            if max(tokenizer.get_vocab().values()) >= encoder.config()["vocab_size"]:
-                raise UserError(
-                    f"{component.folder}: it has tokens that {encoder.folder} does not know; download the model again"
-                )
-        self.encoders = []
-        for kind, component in zip((CLIPTextModel, CLIPTextModelWithProjection), self.encoder_components):
-            how = dict(variant=component.variant, dtype=self.dtype, output_loading_info=True)
-            encoder, report = _read(component, kind, config=CLIPTextConfig(**component.config()), **how)
-            if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-                more = len(missing) - 1
-                raise UserError(
-                    f"{component.folder}: its weights lack {missing[0]} and {more} more; download the model again"
-                )
-            self.encoders.append(encoder.to(device).eval())
-        text, _ = self(["a cat", "two red houses at night"])
-        if torch.equal(text[0], text[1]):
-            raise UserError(
-                f"{self.model.name}: its text encoders give the same for every caption; download the model again"
-            )
-        return self
-
-    def unload(self):
-        self.encoders = None
-        torch.cuda.empty_cache()
-
-    def __call__(self, captions):
-        """B strings -> text (B, 77, 2048), pooled (B, 1280), equal to StableDiffusionXLPipeline.encode_prompt.
-
-        Raises UserError when a number is not finite.
-        """
-        text, pooled = self._states(captions)
-        self._refuse_unless(text.isfinite().all() and pooled.isfinite().all())
-        return text, pooled
-
-    def encode(self, batches):
-        """Encode the captions of each (tag, B strings), and yield (tag, rows fp16 (B, 77 · 2048 + 1280) on the CPU).
-
-        A row is text, flat, and pooled behind it. Raises UserError when a number is not finite.
-        """
-        return in_flight(self._start, self._finish, batches)
-
-    @torch.inference_mode()
-    def _states(self, captions):
-        hidden = []
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
-            length = self.text_shape[0]
-            ids = tokenizer(
-                captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids
-            out = encoder(ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
-            hidden.append(out.hidden_states[-2])
-        return torch.cat(hidden, dim=-1), out.text_embeds
-
-    def _start(self, captions):
-        text, pooled = self._states(captions)
-        flat = torch.cat([text.flatten(1), pooled], dim=1).half()
-        return Fetch(flat, flat.isfinite().all())
-
-    def _finish(self, captions, fetch):
-        flat, finite = fetch.wait()
-        self._refuse_unless(finite)
-        return flat
-
-    def _refuse_unless(self, finite):
-        if not finite:
-            what_to_do = "use another model" if self.dtype == torch.float32 else "try --mixed_precision no"
-            raise UserError(f"{self.model.name}: its text encoders give numbers that are not finite; {what_to_do}")
-
-    def truncated(self, caption):
-        """Whether the caption is longer than the 75 tokens that CLIP reads."""
-        return len(self.tokenizers[0](caption).input_ids) > self.text_shape[0]
-
-
-def _read(component, kind, **how):
-    """kind.from_pretrained of the component. Raises UserError naming the folder."""
-    damage = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
-    try:
-        return kind.from_pretrained(component.folder, **how)
-    except Exception as error:
-        bare = type(error) is Exception  # the tokenizers package raises nothing more precise
-        if out_of_memory(error) or not (bare or isinstance(error, damage)):
-            raise
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{component.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
-        ) from error
+        return LoadedTextEncoders(self, device)
 
 
 class VAE:
@@ -145,14 +42,12 @@ class VAE:
     def __init__(self, model, precision):
         self.model, self.component = model, model.component("vae")
         self.config = self.component.config()
-        self.dtype = torch_dtype(precision)
-        if self.dtype == torch.float16 and self.config["force_upcast"]:
-            # SDXL's own VAE overflows in fp16, and its config says so; the fp16-fix one's says that it does not
-            self.dtype = torch.float32
+        # SDXL's own VAE overflows in fp16, and its config says so; the fp16-fix one's says that it does not
+        self.precision = "no" if precision == "fp16" and self.config["force_upcast"] else precision
 
     def fingerprint(self, identities):
         """What a posterior depends on besides its picture. identities: of the model's components, by name."""
-        return f"{fingerprint(identities['vae'])}-{self.dtype}"
+        return f"{fingerprint(identities['vae'])}-torch.{dtype_name(self.precision)}"
 
     def posterior_shape(self, bucket):
         """(height, width) in pixels -> the shape of a posterior, (2, 4, h, w)."""
@@ -160,111 +55,8 @@ class VAE:
         return (2, self.config["latent_channels"], bucket[0] // factor, bucket[1] // factor)
 
     def load(self, device):
-        from diffusers import AutoencoderKL
+        """-> LoadedVAE"""
+        with lean():
+            from data.loaded import LoadedVAE
 
-        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-        def prepare(vae):
-            vae.decoder = None
-            vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
-            fused.fuse(vae, device)
-
-        self.vae = load(AutoencoderKL, self.component, self.dtype, device, prepare)
-        return self
-
-    def stage(self, pixels):
-        """An array of pixels -> a tensor that can go to the device without waiting. The workers call it."""
-        pixels = torch.from_numpy(pixels)
-        return pixels.pin_memory() if self.vae.device.type == "cuda" else pixels
-
-    def encode(self, batches):
-        """Encode each (tag, pixels uint8 (B, H, W, 3)), and yield (tag, posteriors fp16 (B, 2, 4, h, w) on the CPU).
-
-        A posterior is mean and std, before the scaling factor. A picture that half precision makes non-finite is
-        encoded again in fp32; one that is not finite then either is left for the caller to refuse.
-        """
-        return in_flight(self._start, self._finish, batches)
-
-    @torch.inference_mode()
-    def _start(self, pixels):
-        x = pixels.to(self.vae.device, non_blocking=True)
-        x = x.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in -1 .. 1
-        with fastest_convolutions():
-            posterior = self.vae.encode(x.to(self.vae.dtype, memory_format=self.layout)).latent_dist
-        return Fetch(torch.stack([posterior.mean, posterior.std], dim=1).to(torch.float16))
-
-    @torch.inference_mode()  # because a tensor that _start made can be written in inference mode only
-    def _finish(self, pixels, fetch):
-        (posteriors,) = fetch.wait()
-        bad = [i for i, posterior in enumerate(posteriors) if not posterior.isfinite().all()]
-        if bad and self.dtype != torch.float32:
-            self.vae.to(torch.float32)
-            (again,) = self._start(pixels[bad]).wait()
-            posteriors[bad] = again
-            self.vae.to(self.dtype)
-        return posteriors
-
-
-def in_flight(start, finish, batches):
-    """For each (tag, batch), in order, yield (tag, finish(batch, start(batch))).
-
-    On a GPU IN_FLIGHT more batches are started before one is finished, so that the GPU works while the caller writes.
-    """
-    most = IN_FLIGHT if torch.cuda.is_available() else 0
-
-    def begin(pair):
-        tag, batch = pair
-        return tag, batch, start(batch)
-
-    def end(begun):
-        tag, batch, result = begun
-        return tag, finish(batch, result)
-
-    return behind(begin, end, batches, most)
-
-
-class Fetch:
-    """Tensors on their way from the GPU to the CPU; wait() returns them when they have arrived."""
-
-    def __init__(self, *tensors):
-        self.tensors, self.arrived = tensors, None
-        if tensors[0].device.type == "cuda":
-            self.tensors, self.arrived = [_pinned_like(tensor) for tensor in tensors], torch.cuda.Event()
-            for there, here in zip(tensors, self.tensors):
-                here.copy_(there, non_blocking=True)
-            self.arrived.record()
-
-    def wait(self):
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.tensors
-
-
-def _pinned_like(tensor):
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-
-
-@contextlib.contextmanager
-def fastest_convolutions():
-    """In here cuDNN tries its algorithms on each new shape and keeps the fastest; thousands of one shape follow."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-class OneHeadAttention:
-    """The attention in the VAE's middle, for diffusers' set_processor: one head, 512 channels, (H / 8) (W / 8) pixels.
-
-    Flash attention ends at 256 channels, and what PyTorch takes instead is slower than two plain products: by a tenth
-    of the whole encoder's time (tests/bench/NOTES.md). A block of queries at a time keeps the scores small.
-    """
-
-    QUERIES = 4096
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        x = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)  # (B, h w, C)
-        q, k, v = attn.to_q(x) * x.shape[-1] ** -0.5, attn.to_k(x).transpose(1, 2), attn.to_v(x)
-        mixed = torch.cat([(block @ k).softmax(dim=-1) @ v for block in q.split(self.QUERIES, dim=1)], dim=1)
-        return hidden_states + attn.to_out[0](mixed).unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
+        return LoadedVAE(self, device)

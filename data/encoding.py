@@ -15,6 +15,7 @@ from data.common import errors
 from data.common.ahead import ahead
 from data.common.words import many, shortened
 from data.dataset import Examples
+from data.encoders import VAE, TextEncoders
 from data.images import read_rgb
 from data.survey import EXAMPLES_AHEAD, image_digest
 
@@ -29,8 +30,8 @@ class Draft:
     """A cache in the making: what it is to hold, and the files that hold it or will."""
 
     folder: Path
-    texts: object  # TextEncoders; like the VAE not imported from data.encoders, because that takes seconds
-    vae: object
+    texts: TextEncoders
+    vae: VAE
     buckets: list[tuple[int, int]]
     examples: Examples
     rows: np.ndarray  # what each example is made of, as survey tells it
@@ -66,17 +67,25 @@ class Todo:
     captions: np.ndarray  # indices into caption_keys
     pictures: list[tuple[np.ndarray, np.ndarray]]  # of each bucket: indices of rows, and whether it is the mirror image
 
+    def texts(self):
+        """How many embeddings."""
+        return len(self.captions) + self.unconditional
+
+    def images(self):
+        """How many posteriors."""
+        return sum(len(rows) for rows, _ in self.pictures)
+
 
 def encode_captions(draft, todo, device, stop):
     """Encode the captions that are missing, and the unconditional embedding."""
-    if not len(todo.captions) and not todo.unconditional:
+    if not todo.texts():
         return
     texts, long = draft.texts.load(device), []
     if todo.unconditional:
-        draft.captions.write(1, unconditional(draft))
+        draft.captions.write(1, unconditional(draft, texts))
     if len(todo.captions):
         with tqdm(total=len(todo.captions), unit="caption", desc="captions") as bar:
-            embeddings = captions_in_batches(draft, todo.captions, stop, long)
+            embeddings = captions_in_batches(draft, texts, todo.captions, stop, long)
             draft.captions.write(len(todo.captions), embeddings, bar.update)
     stop_if_asked(stop)
     if long:
@@ -90,14 +99,13 @@ def encode_captions(draft, todo, device, stop):
 
 def encode_pictures(draft, todo, device, stop, pool, failed):
     """Encode the pictures that are missing, bucket by bucket. Those that cannot be used go to `failed`, by digest."""
-    count = sum(len(rows) for rows, _ in todo.pictures)
-    if not count:
+    if not todo.images():
         return
-    draft.vae.load(device)
-    with tqdm(total=count, unit="image", desc="pictures") as bar:
+    vae = draft.vae.load(device)
+    with tqdm(total=todo.images(), unit="image", desc="pictures") as bar:
         for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
             pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
-            encoded = posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar)
+            encoded = posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar)
             posteriors.write(len(rows), encoded, bar.update)
             stop_if_asked(stop)
 
@@ -107,29 +115,29 @@ def stop_if_asked(stop):
         raise errors.Stopped(stop.received, "stopped, what is encoded is kept; run the same command to go on")
 
 
-def unconditional(draft):
+def unconditional(draft, texts):
     """The one batch (keys, embeddings) that is the unconditional embedding: zeros, or the empty caption's."""
     keys = [draft.unconditional]
     if draft.zeros:
         return [(keys, np.zeros((1, *draft.captions.shape)))]
-    return draft.texts.encode([(keys, [""])])
+    return texts.encode([(keys, [""])])
 
 
-def captions_in_batches(draft, indices, stop, long):
+def captions_in_batches(draft, texts, indices, stop, long):
     """Yield (keys, embeddings) of the captions at `indices`, until a signal stops it.
 
     Those that are longer than CLIP reads are put into the list `long`, each as (row, index).
     """
 
-    def captions():
+    def started():
         for batch in batches(zip(draft.row_of(indices), indices), CAPTIONS_AT_ONCE):
             if stop.received:
                 return
-            texts = [draft.caption(*place) for place in batch]
-            long.extend(place for place, text in zip(batch, texts) if draft.texts.truncated(text))
-            yield draft.caption_keys[[index for _, index in batch]], texts
+            captions = [draft.caption(*place) for place in batch]
+            long.extend(place for place, text in zip(batch, captions) if texts.truncated(text))
+            yield draft.caption_keys[[index for _, index in batch]], captions
 
-    for keys, embeddings in draft.texts.encode(captions()):
+    for keys, embeddings in texts.encode(started()):
         yield keys, embeddings.numpy()
 
 
@@ -158,9 +166,8 @@ def decoded(draft, bucket, pictures, pool, failed, bar):
             yield row, key, result
 
 
-def posteriors_in_batches(draft, bucket, pictures, stop, pool, failed, bar):
+def posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar):
     """Yield (keys, posteriors (B, 2, 4, h, w) fp16) of the (row, key, pixels) `pictures`, until a signal stops it."""
-    vae = draft.vae
     at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (bucket[0] * bucket[1] * vae.dtype.itemsize)))
 
     def stack(batch):

@@ -29,6 +29,7 @@ from data.common import disk, door, errors, safe
 from data.common.flags import parse
 from data.common.words import many
 from data.dataset import open_examples
+from data.encoders import VAE, TextEncoders
 from data.encoding import Draft, Todo, encode_captions, encode_pictures
 from data.images import DECODER, without_pillows_limit
 from data.models.files import Model
@@ -60,8 +61,6 @@ def precompute(settings, folder, pool):
     examples = open_examples(settings)
     for note in examples.notes:
         print(note, flush=True)
-    device = check.device()
-    check.precision(settings.mixed_precision, device)
     texts, vae = open_encoders(settings)
     draft = look(settings, folder, examples, texts, vae, pool, skipped)
     todo = what_is_missing(draft)
@@ -73,6 +72,7 @@ def precompute(settings, folder, pool):
     if settings.explain:
         return
 
+    device = compute_on(settings) if todo.texts() or todo.images() else None  # None: nothing will be computed
     with door.changing(folder, harmless=lambda: only_adds(draft, todo)):
         stop = safe.Signals()  # from here on there is something to save when a signal comes
         began = time.perf_counter()
@@ -89,10 +89,15 @@ def precompute(settings, folder, pool):
         print(f"{many(len(left_out), 'row')} left out, e.g. {': '.join(left_out[0])}")
 
 
+def compute_on(settings):
+    """-> the device. Only here torch is imported, after all that can be refused without it."""
+    device = check.device()
+    check.precision(settings.mixed_precision, device)
+    return device
+
+
 def open_encoders(settings):
     """The encoders that the flags name, described by their files and not loaded. -> (TextEncoders, VAE)"""
-    from data.encoders import VAE, TextEncoders  # takes seconds, so it comes after what can be refused without it
-
     variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
     model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
     vae_name = settings.pretrained_vae_model_name_or_path
@@ -212,7 +217,7 @@ def in_words(draft, todo):
 
 def room_for(draft, todo):
     """The bytes that the missing rows take on disk."""
-    captions = draft.captions.room(len(todo.captions) + todo.unconditional)
+    captions = draft.captions.room(todo.texts())
     pictures = zip(draft.posteriors, todo.pictures)
     return captions + sum(posteriors.room(len(rows)) for posteriors, (rows, _) in pictures)
 

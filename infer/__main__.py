@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.common import door, errors, safe
 from data.common.flags import parse
+from data.common.imports import lean
 
 
 def main(argv):
@@ -19,7 +20,8 @@ def main(argv):
 
         read_manifest(cache_folder(run))
     with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json")):
-        from infer.compare import compare
+        with lean():
+            from infer.compare import compare
 
         compare(settings, run)
 

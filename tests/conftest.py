@@ -25,6 +25,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
+import diffusers  # noqa: F401 - before a command imports it without peft, which the tests compare with
 import numpy as np
 import pytest
 import torch
@@ -372,10 +373,10 @@ def cached(tmp_path_factory, pictures):
 @pytest.fixture
 def done(monkeypatch):
     """What is encoded from here on: captions, and pixels (H, W, 3) of pictures."""
-    from data.encoders import VAE, TextEncoders
+    from data.loaded import LoadedTextEncoders, LoadedVAE
 
     done = dict(captions=[], pictures=[])
-    captions, start = TextEncoders._start, VAE._start
+    captions, start = LoadedTextEncoders._start, LoadedVAE._start
 
     def start_captions(self, some):
         done["captions"].extend(some)
@@ -385,6 +386,6 @@ def done(monkeypatch):
         done["pictures"].extend(pixels.numpy())
         return start(self, pixels)
 
-    monkeypatch.setattr(TextEncoders, "_start", start_captions)
-    monkeypatch.setattr(VAE, "_start", start_pictures)
+    monkeypatch.setattr(LoadedTextEncoders, "_start", start_captions)
+    monkeypatch.setattr(LoadedVAE, "_start", start_pictures)
     return done

@@ -14,6 +14,7 @@ from PIL import Image, ImageCms
 from data.cache import Cache
 from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
+from data.loaded import LoadedTextEncoders
 
 
 def texts(run):
@@ -86,13 +87,13 @@ def test_an_index_never_leads_to_the_rows_of_other_captions(cached, source, tmp_
 
     The old index then leads to other captions, each of them with a good checksum: train must refuse them.
     """
-    run, unload = tmp_path / "run", TextEncoders.unload
+    run, unload = tmp_path / "run", LoadedTextEncoders.unload
     shutil.copytree(cached, run)
     for name in ("captions.rows", "captions.keys"):
         (run / "cache" / name).unlink()
     edit_captions(source, lambda rows: [dict(row, text=f"a blue whale {i}") for i, row in enumerate(rows)])
     Image.new("RGB", (64, 64), "red").save(source / "000.png")  # so that there is a picture to encode, too
-    monkeypatch.setattr(TextEncoders, "unload", lambda self: (os.kill(os.getpid(), signal.SIGTERM), unload(self)))
+    monkeypatch.setattr(LoadedTextEncoders, "unload", lambda self: (os.kill(os.getpid(), signal.SIGTERM), unload(self)))
     words = ("--output_dir", run, "--train_data_dir", source, *PRECOMPUTE)
     assert Forked("data.precompute", words, tmp_path / "log").wait() == 143
     try:

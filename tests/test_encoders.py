@@ -42,7 +42,9 @@ def model(tmp_path):
 def test_text_equals_the_pipelines(texts, pipeline):
     """With a wrong layer, pooled output or padding LoRA would train on text that no pipeline will ever give."""
     text, pooled = texts(CAPTIONS)
-    assert text.shape == (len(CAPTIONS), *texts.text_shape) and pooled.shape == (len(CAPTIONS), *texts.pooled_shape)
+    described = TextEncoders(Model(str(PIPELINE)), "no")
+    assert text.shape == (len(CAPTIONS), *described.text_shape)
+    assert pooled.shape == (len(CAPTIONS), *described.pooled_shape)
     with torch.no_grad():
         for i, caption in enumerate(CAPTIONS):
             theirs = pipeline.encode_prompt(caption, device=CPU, do_classifier_free_guidance=False)
@@ -58,11 +60,12 @@ def test_a_captions_embedding_does_not_depend_on_its_batch(texts):
         torch.testing.assert_close(part, torch.cat(parts), rtol=1e-4, atol=1e-4)
 
 
-def test_time_ids_equal_the_pipelines(pipeline, texts):
+def test_time_ids_equal_the_pipelines(pipeline):
+    described = TextEncoders(Model(str(PIPELINE)), "no")
     for size, target in (((300, 600), (1024, 1024)), ((2000, 1100), (832, 1216))):
         for ours in time_ids(size, target, "x"):
             theirs = pipeline._get_add_time_ids(
-                ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=texts.pooled_shape[0]
+                ours[:2], ours[2:4], ours[4:], torch.float32, text_encoder_projection_dim=described.pooled_shape[0]
             )
             assert theirs.tolist() == [list(ours)]
             assert ours[:2] == size and ours[4:] == target
@@ -76,12 +79,13 @@ def test_truncated_captions_are_known(texts):
 def test_posteriors_equal_autoencoderkls(device, pipeline, monkeypatch):
     """Pixels in -1 .. 1; mean and standard deviation, not variance nor its logarithm; before the scaling factor."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    vae = VAE(Model(str(PIPELINE)), "no").load(device)
+    described = VAE(Model(str(PIPELINE)), "no")
+    vae = described.load(device)
     batches = [np.random.default_rng(i).integers(0, 256, (3, 64, 128, 3), np.uint8) for i in range(5)]
     encoded = list(vae.encode((batch, vae.stage(batch)) for batch in batches))
     assert len(encoded) == len(batches)
     for pixels, posteriors in encoded:
-        assert posteriors.shape == (3, *vae.posterior_shape((64, 128))) and posteriors.dtype == torch.float16
+        assert posteriors.shape == (3, *described.posterior_shape((64, 128))) and posteriors.dtype == torch.float16
         with torch.no_grad():
             x = pipeline.image_processor.preprocess(pixels.astype(np.float32) / 255)
             posterior = pipeline.vae.encode(x).latent_dist
@@ -91,7 +95,7 @@ def test_posteriors_equal_autoencoderkls(device, pipeline, monkeypatch):
 
 def test_sdxls_own_vae_is_not_run_in_fp16():
     """Its config asks for fp32 because it overflows: black latents in silence."""
-    assert VAE(Model(str(PIPELINE)), "fp16").dtype == torch.float32
+    assert VAE(Model(str(PIPELINE)), "fp16").precision == "no"
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ import infer.compare  # this and train.loop before the processes are forked, or 
 import train.loop  # noqa: F401
 from data.cache import Cache, read_manifest
 from data.common.errors import UserError
-from data.encoders import VAE, TextEncoders
+from data.encoders import TextEncoders
+from data.loaded import LoadedTextEncoders, LoadedVAE
 from train.batches import Batches
 
 SHORT = ("--train_batch_size", 1, "--gradient_accumulation_steps", 1)
@@ -255,7 +256,7 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
 ):
     """While captions or pictures are encoded or the index is written. The finished cache has the same bytes."""
     precompute(tmp_path / "whole", pictures, "--random_flip")
-    for encoder in (VAE, TextEncoders):
+    for encoder in (LoadedVAE, LoadedTextEncoders):
         monkeypatch.setattr(encoder, "_start", lambda *a, real=encoder._start: (time.sleep(0.03), real(*a))[1])
     slow_disk(0.03)
     began = time.monotonic()
@@ -370,7 +371,7 @@ def test_a_second_signal_while_the_first_ones_state_is_saved(first, second, fres
 def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_path, log, small_batches, monkeypatch):
     """What was committed before the first signal stays, and the same command ends with the same bytes."""
     precompute(tmp_path / "whole", pictures)
-    finish, calls, run = VAE._finish, [], tmp_path / "run"
+    finish, calls, run = LoadedVAE._finish, [], tmp_path / "run"
 
     def hang(*args):
         calls.append(None)
@@ -379,7 +380,7 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
             time.sleep(60)
         return finish(*args)
 
-    monkeypatch.setattr(VAE, "_finish", hang)
+    monkeypatch.setattr(LoadedVAE, "_finish", hang)
     process = precomputer(run, pictures, log)
     # both, because the first batch is on disk before the second one is begun
     when(lambda: lines_of_keys(run) >= 2 and (tmp_path / "hangs").exists(), process)
@@ -388,7 +389,7 @@ def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_
     time.sleep(0.1)
     ends_at_once(process, second)
     assert lines_of_keys(run) == 2 and not (run / "cache" / "manifest.json").exists()
-    monkeypatch.setattr(VAE, "_finish", finish)
+    monkeypatch.setattr(LoadedVAE, "_finish", finish)
     precompute(run, pictures)
     assert content(run) == content(tmp_path / "whole")
 
@@ -404,8 +405,8 @@ def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
     """Ten thousand captions take minutes too. The VAE is not even loaded before the end."""
     precompute(tmp_path / "whole", pictures)
     monkeypatch.setattr("data.encoding.CAPTIONS_AT_ONCE", 1)  # some are in flight while others are written
-    run, real = tmp_path / "run", TextEncoders._start
-    monkeypatch.setattr(TextEncoders, "_start", lambda *a: (time.sleep(0.1), real(*a))[1])
+    run, real = tmp_path / "run", LoadedTextEncoders._start
+    monkeypatch.setattr(LoadedTextEncoders, "_start", lambda *a: (time.sleep(0.1), real(*a))[1])
     process = precomputer(run, pictures, log)
     when(lambda: lines_of_keys(run, "captions") >= 3, process)  # the unconditional and the first two
     process.send(signum)
@@ -579,7 +580,7 @@ def test_keys_that_a_full_disk_cut_are_not_taken_for_written(tmp_path, disk, log
     assert pages(keys) < -(-(2 * count + 1) * 36 // PAGE)
     # The rows fit and the keys' next page does not. Space is freed when the captions are done.
     filler = leave(disk.path, -(-(rows + added) // PAGE) - -(-rows // PAGE))
-    monkeypatch.setattr(TextEncoders, "unload", lambda _: filler.unlink())
+    monkeypatch.setattr(LoadedTextEncoders, "unload", lambda _: filler.unlink())
     process = precomputer(run, source, log)
     code = process.wait()
     assert code in (0, 3) and "Traceback" not in process.output, process.output
@@ -873,15 +874,15 @@ def test_precompute_and_infer_need_no_reader_either(kind, run, cached, pictures,
 
 @pytest.mark.slow
 def test_a_terminal_that_closes_while_precompute_encodes(pictures, cached, tmp_path, small_batches, monkeypatch):
-    real = VAE._start
-    monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
+    real = LoadedVAE._start
+    monkeypatch.setattr(LoadedVAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
     log, before, leave = onto("terminal")
     words = ("--output_dir", tmp_path / "run", "--train_data_dir", pictures, *PRECOMPUTE)
     process = Forked("data.precompute", words, log, before)
     when(lambda: lines_of_keys(tmp_path / "run") >= 2, process)
     leave()
     assert process.wait() == 143 and 2 <= lines_of_keys(tmp_path / "run") < PICTURES
-    monkeypatch.setattr(VAE, "_start", real)
+    monkeypatch.setattr(LoadedVAE, "_start", real)
     precompute(tmp_path / "run", pictures)
     assert Cache(tmp_path / "run" / "cache").manifest["content"] == Cache(cached / "cache").manifest["content"]
 

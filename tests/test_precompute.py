@@ -28,6 +28,7 @@ from data.cache import Cache
 from data.common.errors import NumbersError, UserError
 from data.encoders import VAE, TextEncoders
 from data.images import read_rgb
+from data.loaded import LoadedVAE
 from data.models.files import Model
 
 
@@ -200,8 +201,8 @@ def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(
     signum, code, pictures, run, tmp_path, small_batches, monkeypatch
 ):
     """Free GPUs are taken back with a SIGTERM; every picture encoded until then was paid for."""
-    stopped, real = tmp_path / "stopped", VAE._start
-    monkeypatch.setattr(VAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
+    stopped, real = tmp_path / "stopped", LoadedVAE._start
+    monkeypatch.setattr(LoadedVAE, "_start", lambda *a: (time.sleep(0.2), real(*a))[1])
     monkeypatch.setattr("data.encoding.PICTURES_AT_ONCE", 1)
     process = Forked(
         "data.precompute", ("--output_dir", stopped, "--train_data_dir", pictures, *PRECOMPUTE), tmp_path / "log"
@@ -265,14 +266,14 @@ def test_a_bad_picture_is_named_before_anything_is_encoded(source, tmp_path, no_
 
 def nan_for(monkeypatch, at):
     """The VAE fails on the picture at this place of every batch."""
-    real = VAE._finish
+    real = LoadedVAE._finish
 
     def finish(self, *args):
         posteriors = real(self, *args).clone()
         posteriors[at : at + 1] *= torch.nan
         return posteriors
 
-    monkeypatch.setattr(VAE, "_finish", finish)
+    monkeypatch.setattr(LoadedVAE, "_finish", finish)
 
 
 def test_a_picture_that_the_vae_cannot_encode_is_named_and_never_cached(source, tmp_path, monkeypatch):

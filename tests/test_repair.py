@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.cache import Cache, Rows
 from data.common.errors import NumbersError, UserError
-from data.encoders import VAE
+from data.loaded import LoadedVAE
 
 
 def row_bytes(folder, name):
@@ -145,14 +145,14 @@ def test_the_same_bad_picture_twice_is_listed_twice(source, tmp_path):
 
 
 def test_a_picture_without_a_finite_posterior_is_left_out_with_skip_bad(source, tmp_path, monkeypatch):
-    real = VAE._finish
+    real = LoadedVAE._finish
 
     def finish(self, pixels, *waiting):
         posteriors = real(self, pixels, *waiting).clone()
         posteriors[(pixels == 77).all(dim=(1, 2, 3))] = float("inf")
         return posteriors
 
-    monkeypatch.setattr(VAE, "_finish", finish)
+    monkeypatch.setattr(LoadedVAE, "_finish", finish)
     precompute(tmp_path / "good", source)
     Image.new("RGB", (64, 64), (77, 77, 77)).save(source / "inf.png")
     edit_captions(source, lambda rows: [*rows[:3], {"file_name": "inf.png", "text": rows[0]["text"]}, *rows[3:]])
@@ -169,8 +169,8 @@ def test_a_picture_without_a_finite_posterior_is_left_out_with_skip_bad(source, 
 @pytest.mark.parametrize("committed", [2, 4])
 def test_kill_9_with_bad_rows_ends_with_the_same_bytes(committed, source, tmp_path, small_batches, monkeypatch):
     add_bad(source)
-    real = VAE._finish
-    monkeypatch.setattr(VAE, "_finish", lambda *a: (time.sleep(0.05), real(*a))[1])  # so that there is a middle
+    real = LoadedVAE._finish
+    monkeypatch.setattr(LoadedVAE, "_finish", lambda *a: (time.sleep(0.05), real(*a))[1])  # so that there is a middle
     precompute(tmp_path / "whole", source, "--skip_bad")
     killed = tmp_path / "killed"
     flags = ("--output_dir", killed, "--train_data_dir", source, *PRECOMPUTE, "--skip_bad")

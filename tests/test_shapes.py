@@ -15,6 +15,7 @@ from data.buckets import make_buckets
 from data.cache import Cache
 from data.encoders import VAE
 from data.images import read_rgb
+from data.loaded import LoadedVAE
 from train.batches import Batches
 
 MIXED = 60
@@ -151,13 +152,13 @@ def test_training_on_it_goes_on_to_the_same_bytes(mixed, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_batches, monkeypatch):
-    real, few = VAE._finish, tmp_path / "few"
+    real, few = LoadedVAE._finish, tmp_path / "few"
     few.mkdir()
     for path in sorted(mixed[0].iterdir())[:48]:  # pictures and their captions
         shutil.copy(path, few)
     flags = ("--resolution", RESOLUTION, "--buckets")
     precompute(tmp_path / "whole", few, *flags)
-    monkeypatch.setattr(VAE, "_finish", lambda *a: (time.sleep(0.05), real(*a))[1])  # so that there is a middle
+    monkeypatch.setattr(LoadedVAE, "_finish", lambda *a: (time.sleep(0.05), real(*a))[1])  # so that there is a middle
     killed = tmp_path / "killed"
     argv = ("--output_dir", killed, "--train_data_dir", few, *PRECOMPUTE, *flags)
     process = Forked("data.precompute", argv, tmp_path / "log")

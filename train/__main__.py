@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from data.common import door, safe
 from data.common.flags import parse
+from data.common.imports import lean
 
 WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
@@ -23,7 +24,8 @@ def main(argv):
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
-                from train.loop import train
+                with lean("transformers"):
+                    from train.loop import train
 
                 train(settings, run)
             except same_run.AnotherRun as error:

@@ -7,7 +7,10 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from data.common.errors import UserError
+from data.common.imports import without
 
+# What bitsandbytes compiles as it is imported, for a CPU: seconds. Without these it takes the functions as they are.
+COMPILER = ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
 CYCLES = 3  # of cosine_with_restarts; with diffusers' own default, one, it would be cosine
 POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 
@@ -35,7 +38,8 @@ def make_optimizer(vector, settings):
     """AdamW over `vector`, its state in 8 bits with --use_8bit_adam."""
     kind = partial(torch.optim.AdamW, fused=vector.is_cuda)  # one kernel, which makes no copies of the vector
     if settings.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as kind
+        with without(*COMPILER):
+            from bitsandbytes.optim import AdamW8bit as kind
     return kind([vector], lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
 
 

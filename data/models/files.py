@@ -25,11 +25,16 @@ VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
 ADVICE = "an SDXL model in diffusers' layout is needed"
 
 
+def dtype_name(mixed_precision):
+    """The name in torch of the dtype that a value of --mixed_precision stands for."""
+    return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
+
+
 def torch_dtype(mixed_precision):
-    """The dtype that a value of --mixed_precision stands for."""
+    """That dtype."""
     import torch
 
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return getattr(torch, dtype_name(mixed_precision))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.encoders import VAE, TextEncoders, fastest_convolutions
-from data.models.files import Model, load
+from data.encoders import VAE, TextEncoders
+from data.loaded import fastest_convolutions
+from data.models.files import Model, load, torch_dtype
 from data.precompute import main as precompute
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
@@ -60,7 +61,7 @@ def one_at_a_time(model, precision, pictures, resolution, device):
 
 def plain_vae(model, precision, device):
     """diffusers' own VAE."""
-    return load(AutoencoderKL, model.component("vae"), VAE(model, precision).dtype, device)
+    return load(AutoencoderKL, model.component("vae"), torch_dtype(VAE(model, precision).precision), device)
 
 
 def vae_alone(model, precision, resolution, device, least):
