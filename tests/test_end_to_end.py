@@ -166,6 +166,7 @@ BENCHMARKS = {
     "step": [],
     "precompute": ["--toy"],
     "full_size": ["--toy"],
+    "job": ["--toy"],
     "many_rows": ["--rows", 10, 30],
     "contact_sheet": [],
 }

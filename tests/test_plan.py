@@ -123,7 +123,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
     """All, half and no blocks recomputed, on a large batch, in an eager run, in bytes that are in use."""
     from train.loop import setup
 
-    values = settings("train", output_dir=str(cached), train_batch_size=64, rank=4, no_cuda_graph=True)
+    values = settings("train", output_dir=str(cached), train_batch_size=256, rank=4, no_cuda_graph=True)
     seen = []
     real = plan.measure
     plan.measure = lambda unet, step: seen.append(real(unet, step)) or seen[-1]
