@@ -39,7 +39,8 @@ VERSION = 3
 REPAIR = "run python -m data.precompute again, it repairs it"
 _digest = fields.text(64)
 _name = fields.either(fields.text(4096), fields.one_of(None), missing=None)
-_model = {"name": fields.text(4096), "revision": _name, "variant": _name}
+_model = {"name": fields.text(4096), "revision": _name, "variant": _name, "config": _name}
+_model |= {"prediction_type": _name, "rescale_betas_zero_snr": fields.switch(missing=False)}
 MANIFEST = {
     "version": fields.only(VERSION),
     "model": _model,

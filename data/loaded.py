@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.common.ahead import behind
 from data.common.errors import UserError, out_of_memory
+from data.common.words import first_of
 from data.models import fused
 from data.models.files import load, torch_dtype
 
@@ -32,7 +33,7 @@ class LoadedTextEncoders:
         self.dtype = torch_dtype(described.precision)
         disable_progress_bar()
         tokenizers, encoders = described.tokenizer_components, described.encoder_components
-        self.tokenizers = [_read(component, CLIPTokenizer) for component in tokenizers]
+        self.tokenizers = [_read(CLIPTokenizer, component.folder, component) for component in tokenizers]
         for tokenizer, component, encoder in zip(self.tokenizers, tokenizers, encoders):
             if len(tokenizer) < SMALLEST_VOCABULARY:  # without its files transformers gives 2 tokens and no error
                 raise UserError(
@@ -44,13 +45,10 @@ class LoadedTextEncoders:
                 )
         self.encoders = []
         for kind, component in zip((CLIPTextModel, CLIPTextModelWithProjection), encoders):
-            how = dict(variant=component.variant, dtype=self.dtype, output_loading_info=True)
-            encoder, report = _read(component, kind, config=CLIPTextConfig(**component.config()), **how)
+            config, how = CLIPTextConfig(**component.config()), dict(dtype=self.dtype, output_loading_info=True)
+            encoder, report = _read(kind, None, component, config=config, state_dict=component.weights(), **how)
             if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
-                more = len(missing) - 1
-                raise UserError(
-                    f"{component.folder}: its weights lack {missing[0]} and {more} more; download the model again"
-                )
+                raise UserError(f"{component}: its weights lack {first_of(missing)}; download the model again")
             self.encoders.append(encoder.to(device).eval())
         text, _ = self(["a cat", "two red houses at night"])
         if torch.equal(text[0], text[1]):
@@ -107,18 +105,18 @@ class LoadedTextEncoders:
         return len(self.tokenizers[0](caption).input_ids) > self.length
 
 
-def _read(component, kind, **how):
-    """kind.from_pretrained of the component. Raises UserError naming the folder."""
+def _read(kind, folder, component, **how):
+    """kind.from_pretrained(folder, **how). Raises UserError naming where the component is."""
     damage = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
     try:
-        return kind.from_pretrained(component.folder, **how)
+        return kind.from_pretrained(folder, **how)
     except Exception as error:
         bare = type(error) is Exception  # the tokenizers package raises nothing more precise
         if out_of_memory(error) or not (bare or isinstance(error, damage)):
             raise
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"{component.folder}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
+            f"{component}: damaged, or does not fit its config ({type(error).__name__}: {reason})"
         ) from error
 
 

@@ -99,10 +99,12 @@ def compute_on(settings):
 def open_encoders(settings):
     """The encoders that the flags name, described by their files and not loaded. -> (TextEncoders, VAE)"""
     variant = settings.variant or (None if settings.mixed_precision == "no" else "fp16")
-    model = Model(settings.pretrained_model_name_or_path, settings.revision, variant)
+    told = settings.model_config, settings.prediction_type, settings.rescale_betas_zero_snr
+    model = Model(settings.pretrained_model_name_or_path, settings.revision, variant, *told)
     vae_name = settings.pretrained_vae_model_name_or_path
-    vae_model = Model(vae_name, None, variant) if vae_name else model
+    vae_model = Model(vae_name, None, variant, settings.model_config or model.configs()) if vae_name else model
     model.check()
+    print(model.schedule(), flush=True)
     return TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
 
 

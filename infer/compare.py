@@ -98,9 +98,11 @@ def models(settings, run):
         if not settings.base_model:
             found = check_unchanged(manifest["components"], model, vae, "put it back, or name another --base_model")
     if settings.base_model:
-        model = vae = Model(settings.base_model, None, "fp16")
+        told = settings.model_config, settings.prediction_type, settings.rescale_betas_zero_snr
+        model = vae = Model(settings.base_model, None, "fp16", *told)
     if settings.pretrained_vae_model_name_or_path:
-        vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16")
+        configs = settings.model_config or model.configs()
+        vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16", configs)
     return model, vae, resolution, found.get("unet")
 
 

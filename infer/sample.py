@@ -14,7 +14,13 @@ from data.models.files import load
 
 
 def make_pipeline(model, unet, vae_model):
-    """A pipeline around `unet`, with the VAE of `vae_model` and the model's own noise schedule (Euler sampler)."""
+    """A pipeline around `unet`, with the VAE of `vae_model` and the model's own noise schedule (Euler sampler).
+
+    With zero terminal SNR the sampler begins at the last timestep (Lin et al. 2023, section 3.3).
+    """
+    schedule = model.component("scheduler").config()
+    if schedule["rescale_betas_zero_snr"]:
+        schedule["timestep_spacing"] = "trailing"
     return StableDiffusionXLPipeline(
         vae=load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device),
         text_encoder=None,
@@ -22,7 +28,7 @@ def make_pipeline(model, unet, vae_model):
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler.from_config(model.component("scheduler").config()),
+        scheduler=EulerDiscreteScheduler.from_config(schedule),
         add_watermarker=False,
     )
 

@@ -150,9 +150,7 @@ def test_weights_that_lack_one_are_refused(name, model):
     tensors = load_file(path)
     del tensors[next(there for there in tensors if there.endswith(name.removeprefix("text_model.")))]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"text_encoder_2: its weights lack .*weight and 0 more; download the model again"
-    ):
+    with pytest.raises(UserError, match=r"text_encoder_2: its weights lack .*weight; download the model again"):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
 
@@ -175,7 +173,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files_are_named(name, model):
     DAMAGED[name](model / name)
-    with pytest.raises(UserError, match=f"{name.split('/')[0]}: damaged, or does not fit its config") as refusal:
+    with pytest.raises(UserError, match=f"{name.split('/')[0]}: (its weights are )?damaged") as refusal:
         TextEncoders(Model(str(model)), "no").load(CPU)
     assert "\n" not in str(refusal.value)
 

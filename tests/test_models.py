@@ -116,7 +116,7 @@ def test_a_model_that_is_nowhere_is_named_offline(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(
-        UserError, match="neither a folder here nor a hub id|not a folder here, and not from the hub"
+        UserError, match="neither a folder nor a file here, nor a hub id|not a folder here, and not from the hub"
     ) as refusal:
         Model(name).component("unet")
     assert str(refusal.value).startswith(name) and "\n" not in str(refusal.value)

@@ -25,6 +25,7 @@ MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must no
 FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least and the largest that is computed with
 DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of - and --
 PRECISIONS = ("no", "fp16", "bf16")
+PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -33,8 +34,21 @@ class Precompute:
     """python -m data.precompute: pictures and captions -> RUN/cache"""
 
     output_dir: str = flag(MISSING, "the run's folder; the cache goes to its cache/")
-    pretrained_model_name_or_path: str = flag(MISSING, "SDXL model: a hub id or a local folder in diffusers' layout")
-    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE instead of the model's own")
+    pretrained_model_name_or_path: str = flag(
+        MISSING, "SDXL model: a hub id, a folder in diffusers' layout or one .safetensors file"
+    )
+    model_config: str | None = flag(
+        None, "for a file: the model whose configs and vocabularies it has, and what weights it lacks; default: SDXL's"
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None, "another VAE instead of the model's own: a hub id, a folder or a .safetensors file"
+    )
+    prediction_type: str | None = flag(
+        None, "what the UNet predicts; default: as the model's scheduler or file says", choices=PREDICTIONS
+    )
+    rescale_betas_zero_snr: bool = flag(
+        False, "noise up to zero terminal SNR, where the model's scheduler or file does not say so itself"
+    )
     revision: str | None = flag(None, "the model's branch, tag or commit on the hub")
     variant: str | None = flag(
         None, "weights variant; default: fp16 where the model has one, unless --mixed_precision no"
@@ -120,7 +134,10 @@ class Infer:
 
     output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
     prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
-    base_model: str | None = flag(None, "hub id or folder; default: the model that the run's cache names")
+    base_model: str | None = flag(None, "hub id, folder or file; default: the model that the run's cache names")
+    model_config: str | None = flag(None, "for a --base_model that is a file, as precompute's")
+    prediction_type: str | None = flag(None, "for a --base_model, as precompute's", choices=PREDICTIONS)
+    rescale_betas_zero_snr: bool = flag(False, "for a --base_model, as precompute's")
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another VAE; default: the one that the run's cache names, or --base_model's own"
     )
@@ -135,6 +152,10 @@ class Infer:
 COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
 
 
+def _is_file(name):
+    return name is not None and name.lower().endswith(".safetensors")
+
+
 USELESS = {  # flags that do nothing next to others: (whether it is so, what to say)
     Precompute: [
         (
@@ -142,8 +163,16 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             "--image_column: does nothing next to --train_data_dir, whose pictures are files; leave it out",
         ),
         (
-            lambda s: s.revision and os.path.isdir(s.pretrained_model_name_or_path),
-            "--revision: does nothing where --pretrained_model_name_or_path is a folder; leave it out",
+            lambda s: s.revision and os.path.exists(s.pretrained_model_name_or_path),
+            "--revision: does nothing where --pretrained_model_name_or_path is a folder or a file; leave it out",
+        ),
+        (
+            lambda s: (
+                s.model_config
+                and not _is_file(s.pretrained_model_name_or_path)
+                and not _is_file(s.pretrained_vae_model_name_or_path)
+            ),
+            "--model_config: does nothing without a model or a VAE that is one .safetensors file; leave it out",
         ),
     ],
     Train: [
@@ -161,6 +190,13 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
         ),
     ],
     Infer: [
+        *(
+            (
+                lambda s, name=name: getattr(s, name) and not s.base_model,
+                f"--{name}: does nothing without --base_model, because the run's cache says it; leave it out",
+            )
+            for name in ("model_config", "prediction_type", "rescale_betas_zero_snr")
+        ),
         (
             lambda s: s.negative_prompt is not None and s.guidance_scale <= 1,
             "--negative_prompt: does nothing with a --guidance_scale of 1 or less; use a larger one, or leave it out",

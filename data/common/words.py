@@ -9,3 +9,8 @@ def many(count, noun):
 def shortened(text, length=80):
     """The text in quotes on one line; one that is longer than `length` is cut, which "…" says."""
     return repr(text if len(text) <= length else f"{text[: length - 1]}…")
+
+
+def first_of(names):
+    """ "a", "a and 3 more" """
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data.common.disk import sha256_file
 from data.common.errors import UserError
-from data.common.fields import Rule, check_fields, each, loads, text, whole
+from data.common.fields import Rule, each, text, whole
 from data.models.schema import CONFIGS
+from data.models.tensors import header
 
 CHUNK = 2**22  # bytes that are read and digested at once
-LONGEST = 10**8  # bytes of a header, as the format has it
-TENSOR = {"dtype": text(), "shape": each(whole(0, 2**48), 0, 16), "data_offsets": each(whole(0, 2**48), 2)}
 
 
 def _are_identities(value):
@@ -43,7 +42,7 @@ def identity(component, before=None):
     fields = {name: value for name, value in component.config().items() if table[name].changes}
     files = component.files()
     seen = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in map(os.stat, files)]
-    content = before["content"] if before and before["seen"] == seen else digest_of(files)
+    content = before["content"] if before and before["seen"] == seen else _content(component, files)
     return {"config": _digest(json.dumps(_plain(fields), sort_keys=True)), "content": content, "seen": seen}
 
 
@@ -84,6 +83,37 @@ def check_unchanged(there, model, vae_model, advice):
     return {name: fingerprint(then) for name, then in there.items()}
 
 
+def _content(component, files):
+    return digest_of_tensors(component.weights()) if component.single else digest_of(files)
+
+
+def digest_of_tensors(tensors):
+    """digest_of for {name: tensor} on the CPU, the same where the tensors in files are the same."""
+
+    import torch
+
+    dtypes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtypes |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # as safetensors calls them
+
+    def line(named):
+        name, tensor = named
+        digest = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"{name} {dtypes[tensor.dtype]} {list(tensor.shape)} {digest.hexdigest()}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = pool.map(line, _told_apart(tensors))
+    return _digest("\n".join(sorted(lines)))
+
+
+def _told_apart(tensors):
+    """(name, what it stands for) without what transformers writes in one version and not in another."""
+    for name, of in tensors.items():
+        # an encoder's names have a prefix or not, and positions are just 0, 1, 2 …
+        name = name.removeprefix("text_model.")
+        if name != "embeddings.position_ids":
+            yield name, of
+
+
 def digest_of(files):
     """32 hex digits of the tensors in safetensors files, and of the bytes of others.
 
@@ -101,36 +131,16 @@ def digest_of(files):
 
 
 def _tensors(path):
-    """[(path, name, dtype, shape, begin, end)] of the tensors in a file, by its header."""
-    found = []
+    """[(path, name, Facts)] of the tensors in a file, by its header."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, LONGEST):
-                raise ValueError("cut off, or no safetensors file")
-            header = loads(file.read(length))
-        if type(header) is not dict:
-            raise ValueError("its header names no tensors")
-        for name, facts in header.items():
-            if name == "__metadata__":
-                continue
-            check_fields(TENSOR, facts, name, "")
-            begin, end = (8 + length + offset for offset in facts["data_offsets"])
-            if not begin <= end <= size:
-                raise ValueError(f"{name} is cut off")
-            # transformers writes an encoder's names with or without a prefix, and positions, which are just 0, 1, 2 …
-            name = name.removeprefix("text_model.")
-            if name != "embeddings.position_ids":
-                found.append((path, name, facts["dtype"], facts["shape"], begin, end))
-    except (ValueError, RecursionError, UserError) as error:
+        return [(path, name, facts) for name, facts in _told_apart(header(path))]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path.parent}: its weights are damaged ({error}); download the model again") from None
-    return found
 
 
 def _line(tensor):
-    path, name, dtype, shape, begin, end = tensor
-    digest = hashlib.sha256()
+    path, name, facts = tensor
+    digest, begin, end = hashlib.sha256(), facts.begin, facts.end
     with open(path, "rb", buffering=0) as file:
         file.seek(begin)
         while begin < end:
@@ -139,7 +149,7 @@ def _line(tensor):
                 raise UserError(f"{path.parent}: its weights became shorter while they were read")
             digest.update(piece)
             begin += len(piece)
-    return f"{name} {dtype} {shape} {digest.hexdigest()}"
+    return f"{name} {facts.dtype} {list(facts.shape)} {digest.hexdigest()}"
 
 
 def _digest(words):
