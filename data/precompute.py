@@ -65,6 +65,7 @@ def precompute(settings, folder, pool):
     draft = look(settings, folder, examples, texts, vae, pool, skipped)
     todo = what_is_missing(draft)
 
+    print(texts.model.schedule())
     print(overview(draft, skipped))
     (which, why), room = in_words(draft, todo), room_for(draft, todo)
     print(f"{which} to encode: {why}; {room / 2**20:,.0f} MiB in {folder}", flush=True)
@@ -104,7 +105,6 @@ def open_encoders(settings):
     vae_name = settings.pretrained_vae_model_name_or_path
     vae_model = Model(vae_name, None, variant, settings.model_config or model.configs()) if vae_name else model
     model.check()
-    print(model.schedule(), flush=True)
     return TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
 
 

@@ -242,7 +242,7 @@ def test_the_overview_counts_what_a_user_wants_to_know(tmp_path, capsys):
         Image.new("RGB", size, "red").save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption)
     precompute(tmp_path / "run", folder, "--buckets", "--resolution", 128, "--explain")
-    found = capsys.readouterr().out.splitlines()[0]
+    found = capsys.readouterr().out.splitlines()[1]
     assert found == (
         "4 rows: 2 at 128 × 128, 2 at 128 × 64; none held out; 1 picture enlarged, e.g. b.png; "
         "1 row with an empty caption, e.g. b.png; 1 row with several captions, e.g. c.png; "
