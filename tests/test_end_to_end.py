@@ -165,7 +165,7 @@ def test_make_runs_the_presets_commands(tmp_path):
 BENCHMARKS = {
     "step": [],
     "precompute": ["--toy"],
-    "full_size": ["--toy"],
+    "full_size": ["--toy", "--single"],
     "job": ["--toy"],
     "many_rows": ["--rows", 10, 30],
     "contact_sheet": [],

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import PIPELINE, here, precompute
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-from single_file import configs, single_file
 
 from data.cache import Cache, read_manifest
 from data.models.files import Model, load
 from infer.sample import make_pipeline
 from lora import files
+from tests.single_file import configs, single_file
 
 V = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
 

@@ -8,13 +8,13 @@ import torch
 from conftest import PIPELINE, PRECOMPUTE, SDXL, TRAIN, command, here, one_line_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from single_file import PARTS, configs, single_file, unet
 
 from data.cache import read_manifest
 from data.common.errors import UserError
 from data.models.files import STEMS, Model, load
 from data.models.identity import identity
 from data.models.schema import CONFIGS
+from tests.single_file import PARTS, configs, single_file, unet
 
 CPU = torch.device("cpu")
 REFUSED = {  # what is put beside the toy's parts, or instead of them: what the message says

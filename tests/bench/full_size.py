@@ -4,7 +4,7 @@ Makes a pipeline of SDXL's exact shapes (UNet of 2,567,463,684 parameters, both 
 OUT/work. Then it runs the real commands on them, each under a cap on GPU memory, and writes OUT/full_size.json: seconds
 per step and per picture, and for each stage the peak GiB of GPU memory (reserved) and of RAM (resident, which includes
 pages of mapped files). How fast precompute and the training step are is measured by precompute.py and step.py.
-`--toy` does the same with the small pipeline, for a machine without a GPU.
+`--toy` does the same with the small pipeline, for a machine without a GPU; `--single` with the model in one file.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from tests.single_file import configs, single_file
 
 T4_GIB = 14.56  # what a 16 GB T4 has for a program
 TOY = Path(__file__).parents[2] / "data/toy/pipeline"
@@ -147,6 +149,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--toy", action="store_true", help="the small pipeline, few steps")
+    parser.add_argument("--single", action="store_true", help="the model in one .safetensors file")
     parser.add_argument("--work", type=Path, help="where pipeline and runs go; default OUT/work")
     args = parser.parse_args()
     work = args.work or args.out / "work"
@@ -161,10 +164,14 @@ def main():
     if not args.toy:
         make_pipeline(pipeline, device)
     make_pictures(work / "pictures", 16, resolution * 5 // 4)
+    what = ("--pretrained_model_name_or_path", pipeline, "--train_data_dir", work / "pictures")
+    if args.single:
+        configs(pipeline, work / "configs")
+        what += ("--pretrained_model_name_or_path", single_file(pipeline, work / "model.safetensors"))
+        what += ("--model_config", work / "configs")
     results["seconds_to_make"] = time.perf_counter() - began
 
     run, common = work / "run", ("--output_dir", work / "run")
-    what = ("--pretrained_model_name_or_path", pipeline, "--train_data_dir", work / "pictures")
     how = ("--resolution", resolution, "--mixed_precision", precision)
     printed, facts = command(work, "data.precompute", *common, *what, *how)
     results["precompute"] = facts | dict(seconds_of_pictures=float(re.search(r"pictures in ([\d.]+) s", printed)[1]))
