@@ -92,7 +92,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_encoder_2")):
     """Write a full-size SDXL with random fp16 weights, in diffusers' layout with fp16 variant names.
 
-    Its tokenizers are the toy's.
+    Its tokenizers are the toy's. Components that are not in `only` have their config alone.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -108,13 +108,21 @@ def make_pipeline(folder, device, only=("unet", "vae", "text_encoder", "text_enc
         "text_encoder": lambda: CLIPTextModel(clip(**CLIP_L)),
         "text_encoder_2": lambda: CLIPTextModelWithProjection(clip(**CLIP_G)),
     }
-    for name in only:
+    for name, make in components.items():
+        if name not in only:
+            with torch.device("meta"):
+                (folder / name / "config.json").write_text(json.dumps(_config(make())))
+            continue
         with torch.device(device):
-            model = components[name]().half()
+            model = make().half()
         count = sum(p.numel() for p in model.parameters())
         print(f"{name}: {count:,} parameters")
         assert name != "unet" or count == 2_567_463_684
         model.save_pretrained(folder / name, variant="fp16")
+
+
+def _config(model):
+    return dict(model.config) if isinstance(model.config, dict) else model.config.to_dict()
 
 
 def make_pictures(folder, count, side):
