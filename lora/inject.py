@@ -1,7 +1,9 @@
-"""READ 2. Where the updates go: every attention projection of the UNet. Everything else is frozen.
+"""READ 2. Where the updates go: every attention projection of the UNet, or all its transformers. The rest is frozen.
 
-In SDXL these are to_q, to_k, to_v and to_out.0 of 140 attentions: 560 projections with 1,451,520 × rank trainable
-weights. Those that read the same input stand side by side in one layer (lora/attention.py): to_q, to_k, to_v of a
+    attn        to_q, to_k, to_v and to_out.0 of 140 attentions: 560 layers in SDXL, 1,451,520 × rank trained weights
+    attn-mlp    these, the two products of 70 feed-forwards, proj_in and proj_out: 722 layers, 2,659,840 × rank
+
+Projections that read the same input stand side by side in one layer (lora/attention.py): to_q, to_k, to_v of a
 self-attention in to_qkv, to_k, to_v of a cross-attention in to_kv.
 """
 
@@ -13,49 +15,51 @@ from lora.adapters import Adapters
 from lora.attention import SIDE_BY_SIDE, fuse_projections, projections_of
 from lora.linear import LoRALinear
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {"attn": ATTENTION, "attn-mlp": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")}
 
 
-def targets(unet):
-    """[(name, in, out)] of the attention projections in `unet`, fused or not, in its own order.
+def targets(unet, layers="attn"):
+    """[(name, in, out)] of the layers in `unet` that TARGETS[layers] names, fused or not, in its own order.
 
-    Raises UserError when one of TARGETS is nowhere in it, when it was injected already, or when a projection is not a
-    plain linear layer.
+    Raises UserError when one of those ends is nowhere in it, when it was injected already, or when one of the layers is
+    not a plain linear layer.
     """
     found = []
-    for name, module in _bases(unet):
+    for name, module in _bases(unet, layers):
         if isinstance(module, LoRALinear):
             raise UserError(f"{name} has an adapter already; inject once, or load the UNet again")
         if not isinstance(module, nn.Linear):
             raise UserError(f"{name} is of type {type(module).__name__}: only a linear layer can be adapted")
         names = projections_of(name)
         found += [(projection, module.in_features, module.out_features // len(names)) for projection in names]
-    for target in TARGETS:
+    for target in TARGETS[layers]:
         if not any(name.endswith(f".{target}") for name, _, _ in found):
             raise UserError(f"{type(unet).__name__} has no {target}: not a UNet with attention as SDXL's")
     return found
 
 
-def inject(unet, rank, alpha, seed=0):
-    """Freeze `unet`, put a LoRALinear around each of its attention projections, and return the Adapters.
+def inject(unet, rank, alpha, seed=0, layers="attn"):
+    """Freeze `unet`, put a LoRALinear around each of its layers that TARGETS[layers] names, and return the Adapters.
 
     Call it when the UNet is on its device, because moving it afterwards would part the layers from their vector.
     """
-    widest = max(min(inside, out) for _, inside, out in targets(unet))
+    widest = max(min(inside, out) for _, inside, out in targets(unet, layers))
     if rank > widest:
         raise UserError(f"rank {rank} is more than the widest layer's {widest}: no longer low-rank; use a smaller one")
     unet.requires_grad_(False)
     fuse_projections(unet)
     generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: LoRALinear(base, rank, alpha, generator, parts=len(projections_of(name))) for name, base in _bases(unet)
+    adapted = {
+        name: LoRALinear(base, rank, alpha, generator, parts=len(projections_of(name)))
+        for name, base in _bases(unet, layers)
     }
-    for name, layer in layers.items():
+    for name, layer in adapted.items():
         unet.set_submodule(name, layer)
-    return Adapters(layers, rank, alpha)
+    return Adapters(adapted, rank, alpha)
 
 
-def _bases(unet):
-    """[(name, layer)] of all layers that compute a projection, or several side by side."""
-    wanted = tuple(f".{last}" for last in (*TARGETS, *SIDE_BY_SIDE))
+def _bases(unet, layers):
+    """[(name, layer)] of all layers that compute one of the targets, or several side by side."""
+    wanted = tuple(f".{last}" for last in (*TARGETS[layers], *SIDE_BY_SIDE))
     return [(name, module) for name, module in unet.named_modules() if name.endswith(wanted)]

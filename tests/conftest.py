@@ -104,9 +104,9 @@ def predict(unet, inputs):
     return unet(*args, **kwargs).sample
 
 
-def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05):
+def inject_filled(unet, rank=4, alpha=6.0, seed=0, size=0.05, layers="attn"):
     """Adapters whose B is not zero, so that the update shows; alpha is not rank, so that a lost factor shows too."""
-    adapters = inject(unet, rank, alpha, seed)
+    adapters = inject(unet, rank, alpha, seed, layers)
     g = torch.Generator().manual_seed(seed + 1)
     for _, B in adapters.projections().values():
         B.copy_(torch.randn(B.shape, generator=g) * size)

@@ -8,12 +8,15 @@ import torch
 from conftest import add_gradients, inject_filled, predict, sdxl_unet, unet_inputs
 from torch import nn
 
+from data.common import flags
 from data.common.errors import UserError
+from data.models.fused import fuse
 from lora.adapters import ALIGN
 from lora.attention import fuse_projections
 from lora.inject import TARGETS, inject, targets
-from lora.linear import LoRALinear
+from lora.linear import LoRALinear, lora
 
+BOTH = pytest.mark.parametrize("layers", TARGETS)
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
@@ -31,11 +34,12 @@ def loss(unet):
     return predict(unet, unet_inputs()).square().mean()
 
 
-def test_adapted_unet_equals_a_plain_one_with_merged_weights(unet):
+@BOTH
+def test_adapted_unet_equals_a_plain_one_with_merged_weights(layers, unet):
     """W + (alpha / rank) B A, written by hand into diffusers' own UNet."""
     inputs, plain = unet_inputs(), copy.deepcopy(unet)
     base = predict(unet, inputs)
-    adapters = inject_filled(unet)
+    adapters = inject_filled(unet, layers=layers)
     adapted = predict(unet, inputs)
     assert (adapted - base).abs().mean() > 0.01 * base.abs().mean()  # else the comparison below would say nothing
     with torch.no_grad():
@@ -72,9 +76,10 @@ def test_scale_zero_is_the_base_bit_for_bit(unet):
     assert torch.equal(predict(unet, inputs), base)
 
 
-def test_gradients_reach_only_a_and_b(unet):
+@BOTH
+def test_gradients_reach_only_a_and_b(layers, unet):
     """A frozen weight that takes a gradient costs 10 GiB in SDXL; an A or B without one never learns."""
-    adapters = inject_filled(unet)
+    adapters = inject_filled(unet, layers=layers)
     loss(unet).backward()
     trained = {id(p) for layer in adapters.layers.values() for p in (layer.A, layer.B)}
     assert {id(p) for p in unet.parameters() if p.requires_grad} == trained
@@ -228,6 +233,38 @@ def test_steps_and_gradients_below_fp16s_resolution_add_up(unet):
         assert (part > 1).all()
 
 
+@pytest.mark.parametrize("train_module", [False, True], ids=["diffusers' modules", "the modules that train uses"])
+def test_gradients_are_those_of_the_plain_formula_through_the_whole_unet(train_module, unet):
+    """Every layer of attn-mlp in its place: GEGLU, norms and images around it keep what they need for the backward.
+
+    The judge is diffusers' own UNet with lora() in the place of every layer, differentiated by autograd.
+    """
+
+    class Plain(nn.Module):
+        def __init__(self, base, A, B):
+            super().__init__()
+            self.base, self.A, self.B = base, nn.Parameter(A.clone()), nn.Parameter(B.clone())
+
+        def forward(self, x):
+            return lora(x.flatten(0, -2), self.base, self.A, self.B, 6 / 4).view(*x.shape[:-1], -1)
+
+    plain = copy.deepcopy(unet).requires_grad_(False)
+    if train_module:
+        fuse_projections(unet)
+        fuse(unet, torch.device("cpu"))
+    adapters = inject_filled(unet, layers="attn-mlp")
+    for name, (A, B) in adapters.projections().items():
+        plain.set_submodule(name, Plain(plain.get_submodule(name), A, B))
+    add_gradients(adapters, loss(unet))
+    loss(plain).backward()
+    for master, place in zip(adapters.masters, places(adapters)):
+        master.copy_(adapters.vector.grad[place].view_as(master))
+    for name, found in adapters.projections().items():  # the gradients by name
+        layer = plain.get_submodule(name)
+        for mine, wanted in zip(found, (layer.A.grad, layer.B.grad)):
+            torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item(), msg=name)
+
+
 def test_full_sdxl_has_560_targets():
     """The numbers that README and design promise; one attention left out would train, and be missing in every tool."""
     unet = sdxl_unet()
@@ -245,6 +282,35 @@ def test_full_sdxl_has_560_targets():
     trained = sum(p.numel() for p in adapters.parameters)
     assert trained == 1_451_520 * rank <= adapters.vector.numel() and adapters.vector.numel() % 256 == 0
     assert sum(isinstance(m, LoRALinear) for m in unet.modules()) == 350
+
+
+def test_attn_mlp_of_full_sdxl_has_722_targets():
+    """kohya's set: proj_in and proj_out of 11 transformers, both products of 70 feed-forwards next to attn's 560."""
+    unet = sdxl_unet()
+    attention, wanted = targets(unet), targets(unet, "attn-mlp")
+    others = [name for name, _, _ in wanted if name not in {name for name, _, _ in attention}]
+    assert [target for target in wanted if target[0] not in others] == attention
+    counts = {last: sum(name.endswith(f".{last}") for name in others) for last in TARGETS["attn-mlp"][4:]}
+    assert counts == {"proj_in": 11, "proj_out": 11, "ff.net.0.proj": 70, "ff.net.2": 70} and len(wanted) == 722
+    names = [name for name, _, _ in wanted]
+    fuse_projections(unet)
+    fuse(unet, torch.device("cpu"))
+    assert sorted(targets(unet, "attn-mlp")) == sorted(wanted)
+    adapters = inject(unet, 2, alpha=1.0, layers="attn-mlp")
+    found = adapters.projections()
+    assert sorted((name, A.shape[1], len(B)) for name, (A, B) in found.items()) == sorted(wanted)
+    assert [name for name in found if name in others] == [name for name in names if name in others]
+    assert sum(p.numel() for p in adapters.parameters) == 2_659_840 * 2 <= adapters.vector.numel()
+
+
+def test_the_adapters_of_attn_stand_in_the_vector_as_in_the_first_version(unet):
+    """A state holds the vector alone: in another order it would go on with q's numbers in k."""
+    adapters = inject(unet, rank=3, alpha=3.0)
+    order = [name for name, _ in unet.named_modules() if name.endswith((".to_qkv", ".to_q", ".to_kv", ".to_out.0"))]
+    assert list(adapters.layers) == order
+    generator = torch.Generator().manual_seed(0)
+    for A in adapters.masters[::2]:  # A's first values, drawn layer after layer
+        assert torch.equal(A, torch.randn(A.shape, generator=generator) / 3)
 
 
 def test_a_projection_that_is_no_plain_linear_layer_is_refused(unet):
@@ -265,7 +331,7 @@ def test_injecting_twice_is_refused_and_changes_nothing(unet):
     assert all(isinstance(layer.base, nn.Linear) for layer in adapters.layers.values())
 
 
-@pytest.mark.parametrize("missing", TARGETS)
+@pytest.mark.parametrize("missing", TARGETS["attn"])
 def test_a_target_that_matches_nothing_is_named(missing):
     """Silently training three projections of four is the classic fault of matching by name."""
 
@@ -285,18 +351,24 @@ def test_a_target_that_matches_nothing_is_named(missing):
     assert all(p.requires_grad for p in model.parameters())  # refused before anything was frozen
 
 
+def test_the_flag_offers_these_sets():
+    assert tuple(TARGETS) == flags.LAYERS
+
+
 def test_the_seed_decides_a(unet, _toy_unet):
     vectors = [inject(copy.deepcopy(_toy_unet), 4, 4.0, seed).vector for seed in (1, 1, 2)]
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
 
 
-def test_peft_trains_the_same(unet, _toy_unet):
+@BOTH
+def test_peft_trains_the_same(layers, unet, _toy_unet):
     """peft's LoRA with the same A and B, plain AdamW on its many tensors: 20 steps with the same losses, to 1e-5."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    adapters = inject(unet, rank=4, alpha=6.0)
+    adapters = inject(unet, rank=4, alpha=6.0, layers=layers)
     theirs = inject_adapter_in_model(
-        LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS)), copy.deepcopy(_toy_unet).requires_grad_(False)
+        LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS[layers])),
+        copy.deepcopy(_toy_unet).requires_grad_(False),
     )
     with torch.no_grad():
         for name, (A, B) in adapters.projections().items():

@@ -135,7 +135,8 @@ def setup(settings, folder):
     alpha_bar = diffusion.noise_schedule(scheduler)
 
     unet = load_unet(base, cache, dtype, device)
-    adapters = inject(unet, settings.rank, settings.lora_alpha or settings.rank, settings.seed)
+    alpha = settings.lora_alpha or settings.rank
+    adapters = inject(unet, settings.rank, alpha, settings.seed, settings.lora_layers)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")

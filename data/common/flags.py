@@ -26,6 +26,7 @@ FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least and the largest that is
 DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of - and --
 PRECISIONS = ("no", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v_prediction")
+LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -97,6 +98,11 @@ class Train:
     )
     rank: int = flag(32, "rank r of the update B A", at_least=1, at_most=1280)
     lora_alpha: float | None = flag(None, "the update is scaled by alpha / rank; default: the rank", above=0)
+    lora_layers: str = flag(
+        "attn",
+        "attn: the UNet's attention projections; attn-mlp: feed-forwards, proj_in, proj_out too",
+        choices=LAYERS,
+    )
     snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
     noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
     proportion_empty_prompts: float = flag(

@@ -107,9 +107,9 @@ class FusedTransformer(nn.Module):
 
     def __init__(self, transformer):
         super().__init__()
-        self.norm = FusedGroupNorm(transformer.norm, False)
-        self.proj_in, self.proj_out = transformer.proj_in, transformer.proj_out
+        self.norm, self.proj_in = FusedGroupNorm(transformer.norm, False), transformer.proj_in
         self.transformer_blocks = nn.ModuleList(FusedBlock(block) for block in transformer.transformer_blocks)
+        self.proj_out = transformer.proj_out
 
     def forward(self, x, encoder_hidden_states=None, **unused):
         tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
