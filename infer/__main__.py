@@ -3,18 +3,17 @@
 import sys
 from pathlib import Path
 
-from data.common import door, errors, safe
+from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
+from lora.contents import look
 
 
 def main(argv):
     settings = parse("infer", argv)
     run = door.can_be_written(settings.output_dir, "--output_dir")
     lora = Path(settings.lora_path or run / "lora.safetensors")
-    if not lora.exists():
-        raise errors.UserError(f"{lora}: no such file; python -m train writes RUN/lora.safetensors")
-    door.look_at(lora, "file")
+    look(lora)
     if not settings.base_model:
         from data.cache import cache_folder, read_manifest
 

@@ -15,7 +15,7 @@ from data.common.errors import UserError, one_line
 from data.common.words import many
 from data.encoders import TextEncoders
 from data.models.files import Model, load
-from data.models.identity import check_unchanged
+from data.models.identity import check_unchanged, fingerprint, identity
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
 from lora import files
@@ -26,8 +26,10 @@ def compare(settings, run):
 
     `settings` is flags.Infer, `run` the run's folder.
     """
-    model, vae_model, resolution, unet_print = models(settings, run)
     weights = files.read(settings.lora_path or run / "lora.safetensors")
+    model, vae_model, resolution, unet_print = models(settings, run)
+    weights.contents.check_width(model.component("unet").config()["cross_attention_dim"])
+    warn_of_another_base(weights.contents, model, unet_print)
     check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
@@ -40,9 +42,6 @@ def compare(settings, run):
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.component("unet"), dtype, device)
     adapters = files.load(unet, weights)
-    made_for, used = weights.metadata.get("ss_sd_model_name"), model.public_name(unet_print)
-    if made_for != used:
-        print(f"warning: {weights.path} was trained on {made_for}, the base here is {used}")
     pipeline = make_pipeline(model, unet, vae_model)
     side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
     shape = (unet.config.in_channels, side, side)
@@ -69,7 +68,7 @@ def compare(settings, run):
     report = dict(
         prompts=settings.prompt,
         negative_prompt=settings.negative_prompt,
-        base=used,
+        base=model.public_name(),
         lora=dict(sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
         seed=settings.seed,
         num_inference_steps=settings.num_inference_steps,
@@ -104,6 +103,20 @@ def models(settings, run):
         configs = settings.model_config or model.configs()
         vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16", configs)
     return model, vae, resolution, found.get("unet")
+
+
+def warn_of_another_base(contents, model, unet_print):
+    """Say it when a LoRA was trained on another base than `model`; where one of the two is not known, say nothing.
+
+    unet_print: the UNet's fingerprint, where it is known. Folders are compared by it, models of the hub by their ids.
+    """
+    made_for, there, here = contents.base, contents.fingerprint, unet_print
+    if there and not here and model.is_local():
+        here = fingerprint(identity(model.component("unet")))
+    on_hub = made_for and not there and not model.is_local() and "/" in made_for
+    if there and here and there != here or on_hub and made_for != model.name:
+        of = f" (its UNet has the fingerprint {here}, not {there})" if there else ""
+        print(f"warning: {contents.path} was trained on {made_for}, the base here is {model.public_name()}{of}")
 
 
 def check_steps(model, steps):

@@ -1,8 +1,10 @@
 """Adapters <-> one .safetensors file that diffusers, ComfyUI, A1111, Forge, sd-scripts and OneTrainer all load.
 
 The keys are kohya's with SGM block names: `lora_unet_` + path, then `.lora_down.weight` (A, rank × in),
-`.lora_up.weight` (B, out × rank) and a 0-dim `.alpha`. Other spellings load in one tool and are ignored, silently, by
-the others.
+`.lora_up.weight` (B, out × rank) and a 0-dim `.alpha`. Other spellings, which load in one tool and are ignored,
+silently, by the others, are read (lora/contents.py) and never written.
+
+`python -m lora.files FILE` prints what a file is.
 """
 
 import hashlib
@@ -10,39 +12,35 @@ import json
 import math
 import re
 import struct
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
 
+from data.common import safe
 from data.common.disk import atomic_write
-from data.common.errors import NumbersError, UserError
-from lora.inject import inject, targets
-
-_BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
-    "down_blocks": lambda i, j: f"input_blocks.{3 * i + j + 1}.1",
-    "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.1",
-}
+from data.common.errors import NumbersError, UserError, one_line, printable
+from data.common.words import many
+from lora.contents import Contents, key, look
 
 
-def key(name):
-    """Name of a layer in diffusers' UNet -> its name in the file.
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from; what their file says about it."""
 
-    >>> key("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0")
-    'lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0'
-    """
-    name = re.sub(
-        r"^(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)", lambda m: _BLOCKS[m[1]](int(m[2]), int(m[3])), name
-    )
-    name = re.sub(r"^mid_block\.attentions\.0", "middle_block.1", name)
-    return "lora_unet_" + name.replace(".", "_")
+    title: str  # the run's
+    base: str  # the model's hub id, or a folder's or file's own name, never a path
+    resolution: int  # pixels a side
+    fingerprint: str | None = None  # of the base's UNet (data/models/identity.py), where it is known
+    prediction_type: str = "epsilon"  # or v_prediction
+    zero_snr: bool = False  # whether the noise schedule ends in pure noise
+    trigger_phrase: str | None = None  # that calls for what was learned
 
 
-def export(adapters, path, base, resolution):
-    """Write the adapters, fp16, to `path` (a Path); the same weights under the same file name give the same bytes.
+def export(adapters, path, origin):
+    """Write the adapters, fp16, to `path` (a Path); the same weights of the same Origin give the same bytes.
 
-    base: the model they were trained on, a hub id or a fingerprint, never a local path. resolution: pixels a side.
     Raises NumbersError naming the layer when a weight is not finite, in fp32 or as fp16.
     """
     tensors = {}
@@ -55,27 +53,37 @@ def export(adapters, path, base, resolution):
                 )
             tensors[f"{key(name)}.{part}.weight"] = half
         tensors[f"{key(name)}.alpha"] = torch.tensor(float(adapters.alpha))
+    of_v = origin.prediction_type == "v_prediction"
     metadata = {
+        "barelora_base_fingerprint": origin.fingerprint,
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",  # its names of blocks
+        "modelspec.prediction_type": "v" if of_v else "epsilon",
+        "modelspec.resolution": f"{origin.resolution}x{origin.resolution}",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": path.stem,
+        "modelspec.title": printable(origin.title),
+        "modelspec.trigger_phrase": origin.trigger_phrase,
         # A1111 hides a file that has metadata without a version that begins with sdxl_
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_alpha": f"{adapters.alpha:g}",
         "ss_network_dim": str(adapters.rank),
         "ss_network_module": "networks.lora",
-        "ss_output_name": path.stem,
-        "ss_sd_model_name": base,
+        "ss_sd_model_name": printable(origin.base),
+        "ss_v_parameterization": str(of_v),
+        "ss_zero_terminal_snr": str(origin.zero_snr),
     }
+    blob = safetensors.torch.save(tensors)
     with atomic_write(path) as file:
-        file.write(_with_metadata(safetensors.torch.save(tensors), metadata))
+        file.write(_with_metadata(blob, {name: value for name, value in metadata.items() if value}))
 
 
 def _with_metadata(blob, metadata):
-    """Put metadata into a safetensors blob, sorted, because the library's own way writes it in random order."""
+    """Put metadata into a safetensors blob, sorted, because the library's own way writes it in random order.
+
+    sshs_model_hash, by which A1111 and Civitai know a file again, is the sha256 of all that follows the header.
+    """
     (size,) = struct.unpack("<Q", blob[:8])
+    metadata = metadata | {"sshs_model_hash": hashlib.sha256(blob[8 + size :]).hexdigest()}
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(blob[8 : 8 + size])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
@@ -86,68 +94,104 @@ def _with_metadata(blob, metadata):
 class Weights:
     """What a file of weights holds, read once, so that the digest is of what is loaded."""
 
-    path: Path
+    contents: Contents
     tensors: dict
-    metadata: dict
     sha256: str
+    bytes: int
 
 
 def read(path):
-    """-> Weights. Raises UserError when it is not a safetensors file; nothing in a pickle is ever run."""
+    """-> Weights. Raises UserError when it is no LoRA that can be loaded; nothing in a pickle is ever run."""
+    contents = look(path)
     try:
-        blob = Path(path).read_bytes()
+        blob = contents.path.read_bytes()
         tensors = safetensors.torch.load(blob)
-        (size,) = struct.unpack("<Q", blob[:8])
-        metadata = json.loads(blob[8 : 8 + size]).get("__metadata__", {})
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; python -m train writes RUN/lora.safetensors") from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error})") from None
-    return Weights(Path(path), tensors, metadata, hashlib.sha256(blob).hexdigest())
+    for layer in contents.layers.values():
+        for name in (layer.A, layer.B):
+            if not tensors[name].float().isfinite().all():
+                raise UserError(f"{path}: {name} holds something that is not a finite number")
+    return Weights(contents, tensors, hashlib.sha256(blob).hexdigest(), len(blob))
 
 
-def load(unet, weights):
+def load(unet, weights, seed=0):
     """Inject the adapters of `weights` into `unet`. -> Adapters
 
-    Everything is checked before the UNet is touched. Raises UserError naming the file and the key: keys of another
-    architecture or tool, a missing partner, a wrong shape, several ranks or alphas, numbers that are not finite.
+    Everything is checked before the UNet is touched. Raises UserError naming the file and the key that fits no layer of
+    this UNet. A layer that the file lacks has no update, which is said.
     """
-    rank, alpha = _check(weights.path, weights.tensors, targets(unet))
-    adapters = inject(unet, rank, alpha)
+    from lora.inject import inject, targets  # diffusers is imported with it
+
+    contents = weights.contents
+    _check(contents, targets(unet, contents.kind))
+    adapters = inject(unet, contents.rank, contents.alpha, seed, contents.kind)
     for name, (A, B) in adapters.projections().items():
-        A.copy_(weights.tensors[f"{key(name)}.lora_down.weight"])
-        B.copy_(weights.tensors[f"{key(name)}.lora_up.weight"])
+        # Where the file has less than A and B hold, A is as drawn and B zero: no update, but one that can be trained.
+        if layer := contents.layers.get(key(name)):
+            A[: layer.rank] = weights.tensors[layer.A]
+            scale = layer.alpha / layer.rank / (contents.alpha / contents.rank)  # 1 unless ranks or alphas differ
+            B[:, : layer.rank] = weights.tensors[layer.B].float() * scale
     adapters.refresh()
     return adapters
 
 
-def _check(path, stored, found):
-    """-> (rank, alpha) of a file that fits the projections `found` exactly."""
-    shapes = {}  # key: its shape with -1 for the rank
-    for name, inside, out in found:
-        shapes[f"{key(name)}.lora_down.weight"] = (-1, inside)
-        shapes[f"{key(name)}.lora_up.weight"] = (out, -1)
-        shapes[f"{key(name)}.alpha"] = ()
-    if foreign := sorted(set(stored) - set(shapes)):
-        raise UserError(
-            f"{path}: {foreign[0]} and {len(foreign) - 1} more keys fit no attention projection of this UNet"
-        )
-    if missing := sorted(set(shapes) - set(stored)):
-        raise UserError(f"{path}: {missing[0]} and {len(missing) - 1} more are missing")
-    ranks, alphas = set(), set()
-    for name, shape in shapes.items():
-        tensor = stored[name]
-        if tensor.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, tensor.shape)):
-            wanted = " × ".join("rank" if n == -1 else str(n) for n in shape) or "a number"
-            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, this UNet wants {wanted}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds something that is not a finite number")
-        ranks.update(got for want, got in zip(shape, tensor.shape) if want == -1)
-        if shape == ():
-            alphas.add(tensor.item())
-    if len(ranks) > 1 or len(alphas) > 1:
-        raise UserError(f"{path}: ranks {sorted(ranks)} and alphas {sorted(alphas)}; one of each can be loaded")
-    (rank,), (alpha,) = ranks, alphas
-    if rank < 1 or math.isclose(alpha, 0):
-        raise UserError(f"{path}: rank {rank} with alpha {alpha} has no effect")
-    return rank, alpha
+def _check(contents, found):
+    """Hold the layers of a file to those of a UNet, [(name, in, out)]."""
+    shapes = {key(name): (inside, out) for name, inside, out in found}
+    for name, layer in contents.layers.items():
+        if name not in shapes:
+            raise UserError(f"{contents.path}: {layer.A} fits no layer of this UNet")
+        inside, out = shapes[name]
+        if layer.inside != inside:
+            raise UserError(f"{contents.path}: {layer.A} is rank × {layer.inside}, this UNet wants rank × {inside}")
+        if layer.out != out:
+            raise UserError(f"{contents.path}: {layer.B} is {layer.out} × rank, this UNet wants {out} × rank")
+    if missing := shapes.keys() - contents.layers.keys():
+        print(f"{contents.path}: {len(missing)} of {len(shapes)} layers are not in it; they stay as in the base")
+
+
+def main(argv):
+    """python -m lora.files FILE: what a file of LoRA weights is, without its base and without a GPU."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("usage: python -m lora.files FILE")
+    weights = read(argv[0])
+    contents, layers = weights.contents, list(weights.contents.layers.values())
+    ranks, alphas = sorted({layer.rank for layer in layers}), sorted({layer.alpha for layer in layers})
+    fingerprint = f", its UNet's fingerprint {contents.fingerprint}" if contents.fingerprint else ""
+    text = f", text of width {contents.text_width}" if contents.text_width else ""
+    facts = {
+        "base": f"{contents.base or 'not said'}{fingerprint}{text}",
+        "layers": f"{len(layers)} of {contents.kind}",
+        "rank": " to ".join(f"{rank}" for rank in dict.fromkeys((ranks[0], ranks[-1]))),
+        "alpha": " to ".join(f"{alpha:g}" for alpha in dict.fromkeys((alphas[0], alphas[-1]))),
+        "dtype": ", ".join(contents.dtypes),
+        "file": f"{weights.bytes / 2**20:,.1f} MiB, sha256 {weights.sha256}",
+    }
+    print(contents.path)
+    for name, value in facts.items():
+        print(f"  {name:8}{one_line(value)}")
+    print("norm of the update, √Σ ‖(alpha / rank) B A‖²")
+    for block, (count, norm) in norms(weights).items():
+        print(f"  {block:20}{norm:10.4g}  in {many(count, 'layer')}")
+    print("metadata" if contents.metadata else "no metadata")
+    for name, value in sorted(contents.metadata.items()):
+        print(f"  {one_line(name, 60)}: {one_line(value, 100)}")
+
+
+def norms(weights):
+    """{block: (how many layers, the Frobenius norm of their updates together)}, in the order of a forward."""
+    found = {}
+    for name, layer in weights.contents.layers.items():
+        A, B = (weights.tensors[stored].double() for stored in (layer.A, layer.B))
+        # ‖B A‖² is the sum of BᵀB ∘ A Aᵀ, rank × rank, instead of out × in
+        square = (layer.alpha / layer.rank) ** 2 * ((B.T @ B) * (A @ A.T)).sum().item()
+        block = re.match(r"lora_unet_(\w+?_blocks?_\d+)", name)[1]
+        count, total = found.get(block, (0, 0.0))
+        found[block] = count + 1, total + max(0.0, square)
+    # input, middle, output: the letters' order is that of a forward
+    return {block: (count, math.sqrt(total)) for block, (count, total) in sorted(found.items())}
+
+
+if __name__ == "__main__":
+    safe.run(main, sys.argv[1:])

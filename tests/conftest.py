@@ -261,6 +261,15 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def untitled(path):
+    """A file of weights without its title, which is the run's folder: what two runs of one command have in common."""
+    blob = path.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:start])
+    del header["__metadata__"]["modelspec.title"]
+    return json.dumps(header).encode() + blob[start:]
+
+
 PICTURES = 8
 PRECOMPUTE = ("--pretrained_model_name_or_path", PIPELINE, "--resolution", 64, "--mixed_precision", "no")
 STEPS = 6

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from data.common.errors import NumbersError, UserError
 from data.models.files import Model
-from infer.compare import check_steps, difference, encode, models
+from infer.compare import check_steps, difference, encode, models, warn_of_another_base
 from infer.grid import CELL, _wrap, grid
 from infer.sample import noise, sample
+from lora.contents import Contents
 
 
 @pytest.fixture
@@ -163,9 +164,34 @@ def test_a_lora_of_another_base_is_said(run, trained, tmp_path, capsys):
     tensors["conv_in.bias"] += 1
     save_file(tensors, path)
     compare(trained, "x", base_model=other, num_inference_steps=1)
-    assert "was trained on local-" in capsys.readouterr().out
+    assert "was trained on pipeline, the base here is other (its UNet has the fingerprint " in capsys.readouterr().out
     compare(trained, "x", num_inference_steps=1)
     assert "was trained on" not in capsys.readouterr().out
+
+
+A, B = "a" * 16, "b" * 16  # fingerprints
+
+
+@pytest.mark.parametrize(
+    "metadata, name, here, said",
+    [
+        ({"ss_sd_model_name": "mine", "barelora_base_fingerprint": A}, str(PIPELINE), A, False),
+        ({"ss_sd_model_name": "mine", "barelora_base_fingerprint": A}, str(PIPELINE), B, True),
+        ({"ss_sd_model_name": f"local-{A}"}, str(PIPELINE), A, False),  # as earlier versions wrote it
+        ({"ss_sd_model_name": f"local-{A}"}, str(PIPELINE), B, True),
+        ({"ss_sd_model_name": "mine", "barelora_base_fingerprint": A}, "someone/model", None, False),  # nobody knows
+        ({"ss_sd_model_name": "someone/model"}, "someone/model", None, False),
+        ({"ss_sd_model_name": "someone/model"}, "someone/other", None, True),
+        ({"ss_sd_model_name": "someone/model"}, str(PIPELINE), A, False),  # it may be a download of that one
+        ({"ss_sd_model_name": "model.safetensors"}, "someone/other", None, False),
+        ({}, "someone/other", None, False),
+        ({}, str(PIPELINE), A, False),
+    ],
+)
+def test_another_base_is_said_only_where_both_are_known(metadata, name, here, said, capsys):
+    """A warning that is wrong half of the time is not read the other half."""
+    warn_of_another_base(Contents(PIPELINE, {}, metadata, ()), Model(name), here)
+    assert ("was trained on" in capsys.readouterr().out) == said
 
 
 def test_a_weights_file_can_be_named(run, trained):

@@ -55,6 +55,7 @@ from conftest import (
     precompute,
     settings,
     start,
+    untitled,
     when,
 )
 from PIL import Image
@@ -117,8 +118,7 @@ def vector(run, step):
 
 def same_run(one, other):
     """Equal bit for bit: the exported weights, the fp32 vector behind them, the losses on the way."""
-    digests = [hashlib.sha256((run / "lora.safetensors").read_bytes()).hexdigest() for run in (one, other)]
-    assert digests[0] == digests[1]
+    assert untitled(one / "lora.safetensors") == untitled(other / "lora.safetensors")
     assert [(m["step"], m["loss"]) for m in metrics(one)] == [(m["step"], m["loss"]) for m in metrics(other)]
     assert torch.equal(vector(one, len(metrics(one))), vector(other, len(metrics(other))))
 
@@ -228,7 +228,7 @@ def test_weights_promised_for_a_step_are_there_after_a_kill_between_state_and_we
     same_run(fresh, run.folder)
     for step in (2, 4, 6):
         name = f"lora-{step:06d}.safetensors"
-        assert (fresh / name).read_bytes() == (run.folder / name).read_bytes()
+        assert untitled(fresh / name) == untitled(run.folder / name)
     assert not unfinished(fresh)
 
 
@@ -283,7 +283,8 @@ def test_kills_anywhere_in_precompute_and_again_in_what_goes_on(
 def test_kill_9_while_exporting_leaves_the_old_file_or_the_new_one(old, run, tmp_path, log, slow_disk):
     """Someone's web UI reads the file at this very moment, and half of it would be no LoRA at all."""
     folder = copy(run, tmp_path)
-    path, new = folder / "lora.safetensors", (run.folder / "lora.safetensors").read_bytes()
+    here("train", "--output_dir", folder, *TRAIN)  # which exports again, under this folder's name
+    path, new = folder / "lora.safetensors", (folder / "lora.safetensors").read_bytes()
     found = collections.Counter()
     slow_disk(0.5, "lora.safetensors")
     for delay in (0, 0.002, 0.05, None):
@@ -1676,15 +1677,15 @@ def narrower(tensors):
 
 
 def renamed(tensors):
-    return {n.replace("lora_unet_", "unet."): t for n, t in tensors.items()}
+    return {n.replace("lora_unet_", "lora_net_"): t for n, t in tensors.items()}
 
 
 BAD_WEIGHTS = {
     "pickle": (lambda path: torch.save({"lora": Opens(str(path.parent / "ran"))}, path), "not a readable .safetensors"),
-    "a missing partner": (tensors_of(without_partners), "lora_up.weight and .* are missing"),
+    "a missing partner": (tensors_of(without_partners), r"lora_down.weight has no partner"),
     "NaN": (tensors_of(full_of_nan), "not a finite number"),
-    "another shape": (tensors_of(narrower), "this UNet wants"),
-    "other names": (tensors_of(renamed), "fit no attention projection"),
+    "another shape": (tensors_of(narrower), "a LoRA for text of width 127"),
+    "other names": (tensors_of(renamed), "128 layers of something else"),
 }
 
 

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_cache, here, lines, settings, when
+from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_cache, here, lines, settings, untitled, when
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -36,7 +36,7 @@ def metrics(run):
 
 
 def weights(run):
-    return (run / "lora.safetensors").read_bytes()
+    return untitled(run / "lora.safetensors")
 
 
 def vector(run, step):

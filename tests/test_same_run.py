@@ -10,7 +10,20 @@ import time
 
 import numpy as np
 import pytest
-from conftest import PICTURES, ROOT, STEPS, TRAIN, Forked, edit_captions, here, lines, one_line_error, precompute, when
+from conftest import (
+    PICTURES,
+    ROOT,
+    STEPS,
+    TRAIN,
+    Forked,
+    edit_captions,
+    here,
+    lines,
+    one_line_error,
+    precompute,
+    untitled,
+    when,
+)
 
 from data.cache import INDEX, changed_rows
 from train import same_run
@@ -19,7 +32,7 @@ LEARNED = ("--max_train_steps", 2, "--checkpointing_steps", 1)
 
 
 def weights(run):
-    return (run / "lora.safetensors").read_bytes()
+    return untitled(run / "lora.safetensors")
 
 
 def refused(run, log, *more):
@@ -47,7 +60,7 @@ def test_what_differs_is_said_as_people_say_it_with_two_commands_that_go_on(fres
     for words in map(shlex.split, commands):
         here("train", *words)
     assert weights(fresh.parent / f"{fresh.name}-2") == weights(fresh) != before
-    assert (fresh / "earlier-1" / "lora.safetensors").read_bytes() == before
+    assert untitled(fresh / "earlier-1" / "lora.safetensors") == before
     assert {path.name for path in fresh.glob("lora*")} == {path.name for path in (fresh / "earlier-1").glob("lora*")}
 
 
@@ -138,6 +151,7 @@ def test_what_needs_no_model_is_refused_without_torch(run, tmp_path):
         ("train", "--output_dir", run.folder, *TRAIN, "--rank", 5),
         ("infer", "--output_dir", tmp_path / "nothing", "--prompt", "x"),
         ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", tmp_path / "gone.safetensors"),
+        ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", run.folder / "state" / "000006.state"),
     ):
         assert min(seconds(*words) for _ in range(2)) < base + 1, words
 

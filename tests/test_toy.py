@@ -212,11 +212,11 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     from data.cache import INDEX, Rows, write_index
     from data.models.files import Model, load
     from data.toy.score import held_out_scenes, score
-    from lora.files import export
+    from lora.files import Origin, export
     from lora.inject import inject
 
     unet = load(UNet2DConditionModel, Model(str(PIPELINE)).component("unet"), torch.float32, "cpu")
-    export(inject(unet, 4, 4.0), tmp_path / "lora.safetensors", "toy", SIZE)
+    export(inject(unet, 4, 4.0), tmp_path / "lora.safetensors", Origin("run", "toy", SIZE))
     model = {"name": str(PIPELINE), "revision": None, "variant": None}
     scaling_factor = Model(str(PIPELINE)).component("vae").config()["scaling_factor"]
     (tmp_path / "cache").mkdir()

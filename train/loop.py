@@ -23,9 +23,9 @@ from data.common.safe import Signals
 from data.models import fused
 from data.models.files import Model, load, torch_dtype
 from data.models.identity import check_unchanged
+from lora import files
 from lora.adapters import Adapters
 from lora.attention import fuse_projections
-from lora.files import export
 from lora.inject import inject
 from train import announce, diffusion, graph, plan
 from train.batches import Batches
@@ -114,6 +114,7 @@ class Run:
     learning_rate: Callable  # step -> learning rate
     scaler: torch.amp.GradScaler
     identity: dict  # what a continuation of this run must agree with
+    origin: files.Origin  # what its files of weights say
     start: int  # steps that are done
     memory_plan: dict | None  # which blocks are recomputed, and what that was decided for
     # `micro_step` above for a batch on the CPU, captured as a graph where there is a GPU
@@ -128,8 +129,8 @@ def setup(settings, folder):
     check_flags(settings)
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
-    public_name = base.public_name(found.get("unet"))
-    identity = identity_of(settings, cache.manifest, base=public_name, revision=base.revision, **of_the_model)
+    name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
+    identity = identity_of(settings, cache.manifest, base=name, revision=base.revision, **of_the_model)
     state = None if settings.restart else read_state(folder / "state", identity)
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
@@ -162,6 +163,15 @@ def setup(settings, folder):
         learning_rate=learning_rate(optimizer, settings),
         scaler=scaler,
         identity=identity,
+        origin=files.Origin(
+            title=folder.resolve().name,
+            base=base.public_name(),
+            resolution=cache.manifest["resolution"],
+            fingerprint=found.get("unet"),
+            prediction_type=scheduler["prediction_type"],
+            zero_snr=scheduler["rescale_betas_zero_snr"],
+            trigger_phrase=cache.manifest.get("instance_prompt"),
+        ),
         start=start,
         memory_plan=memory_plan,
     )
@@ -204,7 +214,7 @@ def keep_state(run, done):
 
 def export_weights(run, name):
     """The weights as they are now -> RUN/name.safetensors"""
-    export(run.adapters, run.folder / f"{name}.safetensors", run.identity["base"], run.cache.manifest["resolution"])
+    files.export(run.adapters, run.folder / f"{name}.safetensors", run.origin)
 
 
 def give_up(run, step, error):

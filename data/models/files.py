@@ -11,7 +11,6 @@ from data.common.errors import UserError, out_of_memory
 from data.common.fields import check_fields, read_json
 from data.common.system import need_memory
 from data.models import single
-from data.models.identity import fingerprint, identity
 from data.models.schema import CONFIGS, check_together
 from data.models.tensors import mapped
 
@@ -212,14 +211,9 @@ class Model:
         """The content of model_index.json."""
         return self.component("model_index").config()
 
-    def public_name(self, unet=None):
-        """The name that may be published: the hub id, or instead of a local path the UNet's fingerprint.
-
-        unet: the fingerprint, when it is known already.
-        """
-        if not self.is_local():
-            return self.name
-        return f"local-{unet or fingerprint(identity(self.component('unet')))}"
+    def public_name(self):
+        """The name that may be published: the hub id, or a folder's or file's own name without the path to it."""
+        return Path(self.name).resolve().name if self.is_local() else self.name
 
     def _root(self, patterns):
         """The local folder, or the hub's snapshot with all configs, all vocabularies and the files of `patterns`."""

@@ -161,7 +161,6 @@ def kernels(micro_step):
 def measure(work, kind, batch, attention, flags):
     """Measure one line of the table. -> its figures, or the reason why it was refused"""
     cuda, began = torch.cuda.is_available(), time.perf_counter()
-    Model.public_name = lambda self, unet: "random"  # saves the seconds that hashing random weights takes
     efficient = contextlib.nullcontext()
     if attention == "efficient" and cuda:
         efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
@@ -236,7 +235,6 @@ def machine(work):
 def gradient_cosine(work):
     """Cosine of one micro-batch's fp16 gradient with its fp32 one; B is not zero, so that A has a gradient too."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    Model.public_name = lambda self, unet: "random"
     gradients = []
     for precision in ("no", "fp16"):
         flags = ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]
