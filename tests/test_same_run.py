@@ -152,6 +152,7 @@ def test_what_needs_no_model_is_refused_without_torch(run, tmp_path):
         ("infer", "--output_dir", tmp_path / "nothing", "--prompt", "x"),
         ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", tmp_path / "gone.safetensors"),
         ("infer", "--output_dir", run.folder, "--prompt", "x", "--lora_path", run.folder / "state" / "000006.state"),
+        ("train", "--output_dir", run.folder, *TRAIN, "--network_weights", run.folder / "state" / "000006.state"),
     ):
         assert min(seconds(*words) for _ in range(2)) < base + 1, words
 

@@ -20,6 +20,7 @@ def main(argv):
         with door.reading(cache):
             manifest = read_manifest(cache)
             try:
+                settings = same_run.with_the_weights_facts(run, settings, argv, manifest["text_shape"][1])
                 if settings.restart:
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:

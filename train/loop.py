@@ -130,14 +130,13 @@ def setup(settings, folder):
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
-    identity = identity_of(settings, cache.manifest, base=name, revision=base.revision, **of_the_model)
+    identity = identity_of(folder, settings, cache.manifest, base=name, revision=base.revision, **of_the_model)
     state = None if settings.restart else read_state(folder / "state", identity)
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
     unet = load_unet(base, cache, dtype, device)
-    alpha = settings.lora_alpha or settings.rank
-    adapters = inject(unet, settings.rank, alpha, settings.seed, settings.lora_layers)
+    adapters = make_adapters(unet, settings, goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
@@ -242,6 +241,17 @@ def load_unet(base, cache, dtype, device):
             f"{base.name}: its UNet wants text of width {width}, the cache has {has}; an SDXL model is needed"
         )
     return unet
+
+
+def make_adapters(unet, settings, goes_on):
+    """The adapters, put into the UNet: new ones, or those of --network_weights where a new run starts from a file."""
+    if not settings.network_weights or goes_on:  # a state replaces them
+        alpha = settings.lora_alpha or settings.rank
+        return inject(unet, settings.rank, alpha, settings.seed, settings.lora_layers)
+    adapters = files.load(unet, files.read(settings.network_weights), settings.seed)
+    of = f"rank {adapters.rank}, alpha {adapters.alpha:g}, --lora_layers {settings.lora_layers}"
+    print(f"starts from {settings.network_weights}: {of}", flush=True)
+    return adapters
 
 
 def prepare_device(settings):

@@ -9,15 +9,16 @@ Nothing here imports torch, so that another run is refused within a second.
 import json
 import os
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.cache import cache_folder, changed_rows, read_began, read_index
-from data.common.disk import atomic_write, sync_folder
+from data.common.disk import atomic_write, sha256_file, sync_folder
 from data.common.errors import UserError
 from data.common.flags import Train
+from lora.contents import look
 
 # What may differ between a run and its continuation. The second line is about how a step is computed, not what;
 # "compile" is a flag that earlier versions had.
@@ -51,9 +52,52 @@ class AnotherRun(UserError):
         )
 
 
-def identity_of(settings, manifest, **of_the_model):
-    """All that a continuation must agree with, {name: plain value}."""
-    return dict(asdict(settings), cache=manifest["content"], **of_the_model)
+def identity_of(run, settings, manifest, **of_the_model):
+    """All that a continuation must agree with, {name: plain value}.
+
+    Of the file that a run starts from it is the content that counts, 16 hex digits, and not where it lies.
+    """
+    weights = _weights_digest(run, settings)
+    return dict(asdict(settings) | dict(network_weights=weights), cache=manifest["content"], **of_the_model)
+
+
+def _weights_digest(run, settings):
+    if settings.network_weights and Path(settings.network_weights).exists():
+        return sha256_file(settings.network_weights)[:16]
+    there = _there(run, settings.restart)
+    return there and settings.network_weights and there.get("network_weights")
+
+
+def _there(run, restart=False):
+    """The identity of the run that would go on from here, None where a new one starts."""
+    began = None if restart else read_began(run)
+    return began["identity"] if began and any((run / "state").glob("*.state")) else None
+
+
+def with_the_weights_facts(run, settings, argv, text_width):
+    """-> the settings with the rank, alpha and layers of the --network_weights file, where one is named.
+
+    A run that goes on needs the file no more, and has them from its beginning. text_width: the cache's.
+    Raises UserError when the file cannot be started from, or a flag in `argv` says something else than it.
+    """
+    path = settings.network_weights
+    if not path:
+        return settings
+    there = _there(run, settings.restart) or {}
+    if there.get("network_weights") and not Path(path).exists():
+        facts = {name: there.get(name) for name in ("rank", "lora_alpha", "lora_layers")}
+    elif Path(path).resolve().parent == Path(run).resolve():
+        raise UserError(f"--network_weights {path}: this run writes files beside it; copy it to another folder first")
+    else:
+        contents = look(path)
+        contents.check_width(text_width)
+        facts = dict(rank=contents.rank, lora_alpha=contents.alpha, lora_layers=contents.kind)
+    given = {word.split("=")[0].removeprefix("--") for word in argv}
+    for name in facts.keys() & given:
+        value = getattr(settings, name)
+        if value != facts[name]:
+            raise UserError(f"--{name} {value}: {path} has {facts[name]}; leave the flag out, or give that value")
+    return replace(settings, **facts)
 
 
 def check_same(run, there, here):
@@ -72,10 +116,9 @@ def check_same(run, there, here):
 
 def check_at_the_door(run, settings, manifest):
     """The same before torch is imported and the model is known. manifest: the cache's."""
-    here = identity_of(settings, manifest)
-    began = read_began(run)
-    if began and any((run / "state").glob("*.state")):
-        check_same(run, {name: value for name, value in began["identity"].items() if name in here}, here)
+    here = identity_of(run, settings, manifest)
+    if there := _there(run):
+        check_same(run, {name: value for name, value in there.items() if name in here}, here)
 
 
 def _what_changed(run, cache):

@@ -103,6 +103,9 @@ class Train:
         "attn: the UNet's attention projections; attn-mlp: feed-forwards, proj_in, proj_out too",
         choices=LAYERS,
     )
+    network_weights: str | None = flag(
+        None, "a new run starts from this LoRA file; rank, alpha and layers are the file's"
+    )
     snr_gamma: float | None = flag(None, "min-SNR loss weighting, 5 is the paper's; default: off", above=0)
     noise_offset: float = flag(0.0, "adds this share of a constant per channel to the noise", at_least=0)
     proportion_empty_prompts: float = flag(
