@@ -13,7 +13,6 @@ These differ in a prefix, in how blocks are counted, in dots and in the word for
 
 import json
 import math
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from pathlib import Path
 
 from data.common import door
 from data.common.errors import UserError, one_line
-from data.common.fields import check_fields, loads, shown
+from data.common.fields import shown
 from data.common.words import many
-from data.models.identity import LONGEST, TENSOR
+from data.models.tensors import header
 
 _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per block as in SDXL
     "down_blocks": lambda i, j: f"input_blocks.{3 * i + j + 1}.1",
@@ -162,39 +161,28 @@ def look(path):
         raise UserError(f"{path}: {_told(parts, foreign)}; {can}")
     default = _alpha_in(path, metadata)
     layers = {name: _layer(path, name, found, tensors, alphas, default) for name, found in parts.items()}
-    dtypes = {tensors[name]["dtype"] for layer in layers.values() for name in (layer.A, layer.B)}
+    dtypes = {tensors[name].dtype for layer in layers.values() for name in (layer.A, layer.B)}
     return Contents(path, layers, metadata, tuple(sorted(dtypes)))
 
 
 def _header(path):
-    """-> {name: dtype, shape, data_offsets}, the metadata, and {name: value} of the alphas"""
+    """-> {name: Facts}, the metadata, and {name: value} of the alphas"""
+    tensors, metadata = header(path)
+    alphas = {}
     with open(path, "rb") as file:
-        size, (length,) = os.fstat(file.fileno()).st_size, struct.unpack("<Q", file.read(8))
-        if length > min(size, LONGEST):
-            raise ValueError("cut off, or something else")
-        tensors = loads(file.read(length))
-        metadata = tensors.pop("__metadata__", None) or {} if type(tensors) is dict else None
-        if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-            raise ValueError("its header names no tensors, or its metadata is no text")
-        alphas = {}
-        for name, facts in tensors.items():
-            check_fields(TENSOR, facts, name, "")
-            begin, end = (8 + length + offset for offset in facts["data_offsets"])
-            if not begin <= end <= size:
-                raise ValueError(f"{name} is cut off")
-            if name.endswith(".alpha"):
-                file.seek(begin)
-                alphas[name] = _number(facts, file.read(min(end - begin, 16)))
+        for name in filter(re.compile(r".*\.alpha").fullmatch, tensors):
+            file.seek(tensors[name].begin)
+            alphas[name] = _number(tensors[name], file.read(min(tensors[name].end - tensors[name].begin, 16)))
     return tensors, metadata, alphas
 
 
 def _number(facts, data):
     """The value of a tensor that is one number, from its bytes; None when it is something else."""
-    if facts["shape"] not in ([], [1]):
+    if facts.shape not in ((), (1,)):
         return None
-    if facts["dtype"] == "BF16":  # the upper half of an fp32
+    if facts.dtype == "BF16":  # the upper half of an fp32
         return struct.unpack("<f", b"\0\0" + data)[0]
-    return struct.unpack(f"<{_NUMBERS[facts['dtype']]}", data)[0] if facts["dtype"] in _NUMBERS else None
+    return struct.unpack(f"<{_NUMBERS[facts.dtype]}", data)[0] if facts.dtype in _NUMBERS else None
 
 
 def _alpha_in(path, metadata):
@@ -216,11 +204,11 @@ def _layer(path, name, found, tensors, alphas, default):
             raise UserError(f"{path}: {found.get(other, found.get('alpha'))} has no partner: its {part} is missing")
     a, b = found["A"], found["B"]
     for stored in (a, b):
-        if tensors[stored]["dtype"] not in _FLOATS:
-            raise UserError(f"{path}: {stored} holds numbers of type {tensors[stored]['dtype']} instead of floats")
-    down, up = tensors[a]["shape"], tensors[b]["shape"]
+        if tensors[stored].dtype not in _FLOATS:
+            raise UserError(f"{path}: {stored} holds numbers of type {tensors[stored].dtype} instead of floats")
+    down, up = tensors[a].shape, tensors[b].shape
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
-        raise UserError(f"{path}: {a} is {tuple(down)} and {b} {tuple(up)} instead of rank × in and out × rank")
+        raise UserError(f"{path}: {a} is {down} and {b} {up} instead of rank × in and out × rank")
     alpha = alphas[found["alpha"]] if "alpha" in found else down[0] if default is None else default
     if alpha is None or not math.isfinite(alpha) or alpha == 0:
         raise UserError(f"{path}: {found.get('alpha', name)} is {alpha}: not a finite number other than 0")

@@ -133,7 +133,7 @@ def digest_of(files):
 def _tensors(path):
     """[(path, name, Facts)] of the tensors in a file, by its header."""
     try:
-        return [(path, name, facts) for name, facts in _told_apart(header(path))]
+        return [(path, name, facts) for name, facts in _told_apart(header(path)[0])]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.parent}: its weights are damaged ({error}); download the model again") from None
 

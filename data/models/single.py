@@ -6,7 +6,6 @@ those are another model's (files.Model).
 
 import functools
 import os
-from pathlib import Path
 
 from data.common.disk import naming
 from data.common.errors import UserError
@@ -130,7 +129,7 @@ def _seen(path):
 @functools.lru_cache(maxsize=8)
 def _header(path, *_):
     try:
-        return tensors.header(Path(path))
+        return tensors.header(path)[0]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable {SUFFIX} file ({error})") from None
 

@@ -21,7 +21,10 @@ class Facts:
 
 
 def header(path):
-    """{name: Facts} of the tensors in a safetensors file (a Path). Raises ValueError when it is damaged or none."""
+    """-> {name: Facts} of the tensors in a safetensors file, and its metadata, {name: text}.
+
+    Raises ValueError when it is damaged or no such file.
+    """
     found = {}
     with open(path, "rb") as file:
         size = file.seek(0, 2)
@@ -32,9 +35,10 @@ def header(path):
         content = loads(file.read(length))
     if type(content) is not dict:
         raise ValueError("its header names no tensors")
+    metadata = content.pop("__metadata__", None) or {}
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise ValueError("its metadata is no text")
     for name, facts in content.items():
-        if name == "__metadata__":
-            continue
         try:
             check_fields(TENSOR, facts, name, "")
         except UserError as error:
@@ -43,7 +47,7 @@ def header(path):
         if not begin <= end <= size:
             raise ValueError(f"{name} is cut off")
         found[name] = Facts(facts["dtype"], tuple(facts["shape"]), begin, end)
-    return found
+    return found, metadata
 
 
 def mapped(path, prefix=""):
