@@ -260,6 +260,7 @@ def main():
     parser.add_argument("out", type=Path)
     example = "kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all"
     parser.add_argument("--lines", nargs="+", help=example)
+    parser.add_argument("--cosine", action="store_true", help="of the fp16 gradient next to --lines; without, always")
     args = parser.parse_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     work = args.out / "work"
@@ -279,7 +280,7 @@ def main():
         lines += ["buckets@1@default@--vram_gib=14.56"]
     for _, together in itertools.groupby(args.lines or lines, process):
         results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in together])
-    if results["device"] != "cpu" and not args.lines:
+    if results["device"] != "cpu" and (args.cosine or not args.lines):
         results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
         print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
         (args.out / "step.json").write_text(json.dumps(results, indent=1))
