@@ -68,8 +68,8 @@ CLIP_G = dict(
 )
 
 # Runs a command under the cap and leaves its peaks behind. argv: cap in GiB, file for the peaks, module, its flags.
-CAPPED = """
-import atexit, json, os, pathlib, resource, runpy, sys
+CAPPED = r"""
+import atexit, json, os, pathlib, re, runpy, sys
 cap, out, module = float(sys.argv[1]), sys.argv[2], sys.argv[3]
 if module == "train":
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as it does itself, too late here
@@ -78,7 +78,9 @@ if torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 def leave():
-    peaks = dict(resident_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    # of this program alone; getrusage's peak is that of the process that started it, where that was larger
+    status = pathlib.Path("/proc/self/status").read_text()
+    peaks = dict(resident_gib=int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
     if torch.cuda.is_available():
         peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     pathlib.Path(out).write_text(json.dumps(peaks))

@@ -99,7 +99,7 @@ def main():
         name, resolution, precision, counts = TOY, 128, "no", (8, 64)
     else:
         name, resolution, precision, counts = work / "pipeline", 1024, "fp16", (64, 1088)
-        make_pipeline(name, device, ("vae", "text_encoder", "text_encoder_2"))
+        make_pipeline(name, device)
     model = Model(str(name), None, None if args.toy else "fp16")
     for count in counts:
         make_pictures(work / str(count), count, resolution * 5 // 4)
