@@ -76,6 +76,7 @@ INDEX = np.dtype(
         ("mirrored_time_ids", "<i4", (6,)),
         ("image_digest", "S16"),  # of the file's bytes: a later precompute tells by it whether the picture changed
         ("caption_digest", "S16"),  # the same for its captions
+        ("repeats", "<i4"),  # how often an epoch has it; once in an index of a cache that was written before there were
     ]
 )
 
@@ -276,9 +277,19 @@ def read_index(folder):
     """(index, names of the examples) of a finished cache; None when there is none that can be read."""
     try:
         manifest = read_manifest(folder)
-        return np.load(_whole(folder, manifest, "index.npy")), _names(folder, manifest)
+        return with_repeats(np.load(_whole(folder, manifest, "index.npy"))), _names(folder, manifest)
     except UserError:
         return None
+
+
+def with_repeats(index):
+    """An index as INDEX says. One that was written before pictures could repeat gets the field: each comes once."""
+    if "repeats" in index.dtype.names:
+        return index
+    whole = np.ones(len(index), INDEX)
+    for name in index.dtype.names:
+        whole[name] = index[name]
+    return whole
 
 
 def read_components(folder):
@@ -375,6 +386,7 @@ def changed_rows(then, now):
         "row added": len(new.keys() - old.keys()),
         "row removed": len(old.keys() - new.keys()),
         "row held out otherwise": (a["held_out"] != b["held_out"]).sum(),
+        "row repeated otherwise": (a["repeats"] != b["repeats"]).sum(),
         "row at another resolution or crop": (a["time_ids"] != b["time_ids"]).any(axis=1).sum(),
     }
     return [f"{count:,} {_plural(what, count)}" for what, count in counts.items() if count]
@@ -396,20 +408,23 @@ def told_apart(names):
 class Cache:
     """A finished cache, open for reading. `manifest` says what it was made from.
 
-    members[i] are the indices of the examples to train on in bucket i; there are len(cache) of them in all.
+    members[i] are the indices of the examples to train on in bucket i, each as often as an epoch has it; an epoch has
+    `epoch` images in all, of len(cache) examples.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.index = np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r")
+        self.index = with_repeats(np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r"))
         self.caption_rows = np.load(_whole(folder, self.manifest, "captions.npy"), mmap_mode="r")
         self.buckets, self.text_shape = self.manifest["buckets"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions, self.posteriors = _rows(folder, self.manifest)
         self._check_keys()
         bucket_of, held_out = np.asarray(self.index["bucket"]), np.asarray(self.index["held_out"])
-        self.members = [np.flatnonzero((bucket_of == i) & ~held_out) for i in range(len(self.buckets))]
+        members = [np.flatnonzero((bucket_of == i) & ~held_out) for i in range(len(self.buckets))]
+        self.members = [np.repeat(some, self.index["repeats"][some]) for some in members]
+        self.epoch, self._length = sum(map(len, self.members)), sum(map(len, members))
         if not len(self):
             raise UserError(
                 f"{self.folder}: {many(len(self.index), 'row')}, all held out; use a smaller --validation_fraction"
@@ -424,7 +439,7 @@ class Cache:
                 raise UserError(f"{self.folder / name}.rows: not the rows that the index was made for; {REPAIR}")
 
     def __len__(self):
-        return sum(map(len, self.members))
+        return self._length
 
     def names(self, examples):
         """The names that messages call the examples by."""

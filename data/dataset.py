@@ -14,17 +14,20 @@ from data.common.errors import UserError, is_text, printable
 from data.common.words import many, shortened
 from data.images import MAX_BYTES, SUFFIXES
 
+TEXTS = (".txt", ".caption")  # what a picture's captions are in, next to it; where both are there, the first counts
+
 
 @dataclass(frozen=True)
 class Example:
     """One picture with its captions, of which training draws one each time.
 
-    `source` is the file's bytes or its path; messages call the picture by `name`.
+    `source` is the file's bytes or its path; messages call the picture by `name`; an epoch has it `repeats` times.
     """
 
     name: str
     source: bytes | Path
     captions: tuple[str, ...]
+    repeats: int = 1
 
     def data(self):
         """The bytes of the picture's file. Raises UserError for what is no file, such as a pipe that nobody fills."""
@@ -83,7 +86,10 @@ class Examples:
                 raise UserError(f"{name}: its caption is {repr(caption)[:40]}, not text")
             if not is_text(caption):
                 raise UserError(f"{name}: its caption {ascii(caption)[:40]} holds half a character; write it again")
-        return Example(name, Path(path) if data is None else data, captions)
+        repeats, _ = kohyas(path, self.folder) if self.folder else (1, None)
+        if not repeats:
+            raise UserError(f"{name}: its folder's number says 0 times an epoch; give it another name, or remove it")
+        return Example(name, Path(path) if data is None else data, captions, repeats)
 
 
 def open_examples(settings):
@@ -148,8 +154,9 @@ def _dataset(flag, name, image_column, caption_column):
 
 
 def _folder(flag, folder, caption_column):
-    """Images with a metadata.jsonl or .csv, as in datasets' image folders, or each with a .txt next to it.
+    """Images with a metadata.jsonl or .csv, as in datasets' image folders, or each with a .txt or .caption next to it.
 
+    A picture with neither has the words of its folder's name, where that is like kohya's (10_red fox).
     They are read here and not by `datasets`, because it drops a row whose file is missing without a word.
     -> (read, length, notes) for Examples
     """
@@ -161,15 +168,15 @@ def _folder(flag, folder, caption_column):
     if table is None:
         if not pictures and not closed:
             raise UserError(f"{flag}: no images in it")
-        paths, captions = pictures, [_captions_of(path) for path in pictures]
-        used, unlisted = {*paths, *(os.path.splitext(path)[0] + ".txt" for path in paths)}, []
+        paths, captions = pictures, [_captions_of(path, folder) for path in pictures]
+        used, unlisted = {*paths, *(os.path.splitext(path)[0] + suffix for path in paths for suffix in TEXTS)}, []
     else:
         paths, captions = _table(table, caption_column)
         used = {str(table), *(os.path.normpath(path) for path in paths if path)}
         unlisted = [path for path in pictures if os.path.normpath(path) not in used]
     others = [path for path in files if _suffix(path) not in SUFFIXES and path not in used]
     paths, captions = paths + list(closed), captions + list(closed.values())
-    notes = _notes(folder, hidden, others, unlisted, table)
+    notes = _notes(folder, files, hidden, others, unlisted, table)
     return lambda index: (paths[index], None, captions[index]), len(paths), notes
 
 
@@ -203,7 +210,19 @@ def _suffix(path):
     return os.path.splitext(path)[1].lower()
 
 
-def _notes(folder, hidden, others, unlisted, table):
+def kohyas(path, folder):
+    """What the folder that a picture lies in says, where it is named as kohya's are: 10_red fox -> (10, "red fox").
+
+    -> (how often an epoch has the picture, words or None). Of several such folders inside each other the innermost
+    counts. A number of four digits and more is taken for a year or a date, which repeats nothing.
+    """
+    for part in reversed(Path(os.path.relpath(path, folder)).parts[:-1]):
+        if named := re.fullmatch(r"(\d{1,3})_(.+)", part, re.DOTALL | re.ASCII):
+            return int(named[1]), named[2].strip()
+    return 1, None
+
+
+def _notes(folder, files, hidden, others, unlisted, table):
     """What of a folder is not used, in lines."""
 
     def example(path):
@@ -222,10 +241,14 @@ def _notes(folder, hidden, others, unlisted, table):
         notes.append(
             f"{folder}: passed over: {many(len(unlisted), 'picture')} not in {table.name}, {example(unlisted[0])}"
         )
-    if repeated := [entry.name for entry in os.scandir(folder) if entry.is_dir() and re.match(r"\d+_.", entry.name)]:
-        notes.append(
-            f"{folder}: the number in {printable(sorted(repeated)[0])} repeats nothing; pictures come equally often"
-        )
+    there = set(files)
+    second = [path for path in files if _suffix(path) == TEXTS[1] and os.path.splitext(path)[0] + TEXTS[0] in there]
+    if second and not table:
+        many_files = many(len(second), f"{TEXTS[1]} file")
+        notes.append(f"{folder}: passed over: {many_files} next to a {TEXTS[0]}, which counts, {example(second[0])}")
+    years = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and re.match(r"\d{4,}_.", entry.name))
+    if years:
+        notes.append(f"{folder}: the number in {printable(years[0])} repeats nothing: it has more than 3 digits")
     return notes
 
 
@@ -261,14 +284,17 @@ def _table(table, caption_column):
     return paths, captions
 
 
-def _captions_of(picture):
-    """The caption in the .txt next to a picture, a list where it has several lines; a UserError where there is none."""
-    text = Path(picture).with_suffix(".txt")
+def _captions_of(picture, folder):
+    """The captions of a picture in a folder without a table: one, or a list; a UserError where there are none.
+
+    They are the lines of the .txt or .caption next to it. Without one they are the words of its folder's name.
+    """
+    text = Path(picture).with_suffix(TEXTS[0])
     try:
-        if not text.is_file():
-            return UserError(
-                f"no metadata.jsonl in the folder and no {printable(text.name)} next to it; write one of them"
-            )
+        text = next((path for path in map(text.with_suffix, TEXTS) if path.is_file()), None)
+        if text is None:
+            name, (_, words) = printable(Path(picture).with_suffix(TEXTS[0]).name), kohyas(picture, folder)
+            return words or UserError(f"no metadata.jsonl in the folder and no {name} next to it; write one of them")
         lines = text.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         if error.errno in DISK_ERRORS:

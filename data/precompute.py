@@ -201,6 +201,8 @@ def overview(draft, skipped):
     say(np.flatnonzero((size < bucket).any(axis=1)), "picture", " enlarged")
     say(np.flatnonzero(rows["empty"]), "row", " with an empty caption")
     say(np.flatnonzero(rows["captions"] > 1), "row", " with several captions")
+    epoch = rows["repeats"][~rows["held_out"]].sum()
+    say(np.flatnonzero(rows["repeats"] > 1), "picture", f" repeated (an epoch has {many(epoch, 'image')})")
     _, first = np.unique(rows["image_digest"], return_index=True)
     say(np.setdiff1d(np.arange(len(rows)), first), "row", " with a picture that an earlier one has")
     if skipped.reasons:
@@ -241,7 +243,8 @@ def commit(draft, skipped, failed):
     if not len(index):
         raise errors.UserError(f"none of {many(len(draft.examples), 'row')} can be used, e.g. {': '.join(left_out[0])}")
     content = hashlib.sha256(caption_keys.tobytes())
-    for field in CONTENT:
+    repeated = (rows["repeats"] > 1).any()  # where none is, the digest is what it was before pictures could repeat
+    for field in (*CONTENT, "repeats") if repeated else CONTENT:
         content.update(rows[field].tobytes())
     manifest = dict(
         draft.facts,

@@ -91,7 +91,7 @@ def survey(examples, encoders, some_buckets, random_flip, validation_fraction, p
         captions = b"".join(key("caption", text_print, caption) for caption in example.captions)
         count = len(example.captions)  # where the first of them stands is counted below
         row = (index, *pictures, empty, bucket, 0, count, held_out, ids, mirrored_ids, image[:16], words[:16])
-        return example.name, row, captions
+        return example.name, (*row, example.repeats), captions
 
     rows, names, caption_keys = np.empty(len(examples), ROW), [], bytearray()
     for index, (name, row, captions) in enumerate(ahead(pool, describe, range(len(examples)), EXAMPLES_AHEAD)):
@@ -162,12 +162,15 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
     differ = (there["image_digest"] != here["image_digest"]) | (there["caption_digest"] != here["caption_digest"])
     differ |= (there["time_ids"] != here["time_ids"]).any(axis=1)
     differ |= (there["mirrored"] == there["picture"]) != (here["mirrored_key"] == here["picture_key"])
-    sides = (old_index["held_out"][was[was >= 0]] != rows["held_out"][was >= 0]).sum()
+    sides, repeats = (
+        (old_index[field][was[was >= 0]] != rows[field][was >= 0]).sum() for field in ("held_out", "repeats")
+    )
     without = len(others) - len(known)
     for count, noun, because in (
         (without, "row", "added, encoded already" if before else "without an index, encoded already"),
         (differ.sum(), "row", "changed, encoded already"),
         (sides, "row", "held out otherwise"),
+        (repeats, "row", "repeated otherwise"),
         (len(old.keys() - set(names)), "row", "removed"),
     ):
         if count:

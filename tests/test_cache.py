@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import caption_rows, change_cache, edit_captions, precompute
 
-from data.cache import KEY, Cache, Rows, _checksum, read_manifest
+from data.cache import INDEX, KEY, Cache, Rows, _checksum, read_manifest
 from data.common.errors import MachineError, UserError
 
 SHAPE = (3, 5)
@@ -295,6 +295,21 @@ def test_a_caption_is_drawn_from_the_examples_range(fresh):
         text = cache.batch([2], no, no, which)["text"][0].ravel()
         assert np.array_equal(text, cache.captions[cache.caption_rows[place]][: len(text)])
         assert np.array_equal(cache.batch([1], no, no, which)["text"], cache.batch([0], no, no)["text"])
+
+
+def test_a_cache_that_was_written_before_pictures_could_repeat_is_the_same(cached, pictures, tmp_path, capsys):
+    """Its index has no such field. It is read, trained on as before, and a precompute keeps what runs hold on to."""
+    run = tmp_path / "run"
+    shutil.copytree(cached, run)
+    new = Cache(run / "cache")
+    change_cache(run, lambda index: index[[name for name in INDEX.names if name != "repeats"]])
+    assert "repeats" not in np.load(run / "cache" / "index.npy").dtype.names
+    old = Cache(run / "cache")
+    assert old.index.tobytes() == new.index.tobytes() and len(old) == old.epoch == len(new)
+    assert [some.tolist() for some in old.members] == [some.tolist() for some in new.members]
+    precompute(run, pictures)
+    assert "to encode: nothing changed; " in capsys.readouterr().out
+    assert Cache(run / "cache").manifest["content"] == old.manifest["content"] == new.manifest["content"]
 
 
 # ---- Rows that are not the index's own

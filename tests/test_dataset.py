@@ -308,16 +308,15 @@ def test_folders_and_links_are_followed_and_loops_are_not(tmp_path):
         found[0].data()
 
 
-def test_pictures_that_a_table_does_not_list_and_repeats_are_said(tmp_path):
+def test_pictures_that_a_table_does_not_list_are_said(tmp_path):
     write_metadata(tmp_path, CAPTIONS)
     write_images(tmp_path / "10_ball", ["a", "b"])
     (tmp_path / "readme.md").write_text("x")
     found = examples(train_data_dir=str(tmp_path))
     assert content(found) == WANTED
-    others, unlisted, repeats = found.notes
+    others, unlisted = found.notes
     assert "passed over: 1 .md, e.g. readme.md" in others
     assert "passed over: 2 pictures not in metadata.jsonl, e.g. 10_ball/00.png" in unlisted
-    assert "the number in 10_ball repeats nothing; pictures come equally often" in repeats
 
 
 def test_what_a_row_of_a_table_lacks_is_that_rows_fault(tmp_path):
@@ -380,3 +379,52 @@ def test_lines_of_a_table_that_are_no_rows_are_refused(line, tmp_path):
     with pytest.raises(UserError, match="metadata.jsonl, row 0: ") as error:
         examples(train_data_dir=str(tmp_path))
     assert len(str(error.value)) < 400
+
+
+# ---- As kohya's tools have it
+
+
+def test_a_caption_file_counts_as_a_text_file_and_a_text_file_counts_more(tmp_path):
+    both, one = write_images(tmp_path, ["a", "b"])
+    both.with_suffix(".txt").write_text("of the .txt")
+    both.with_suffix(".caption").write_text("of the .caption")
+    one.with_suffix(".caption").write_text("a cat\na dog\n", encoding="utf-8-sig")
+    found = examples(train_data_dir=str(tmp_path))
+    assert [found[i].captions for i in range(2)] == [("of the .txt",), ("a cat", "a dog")]
+    assert found.notes == [f"{tmp_path}: passed over: 1 .caption file next to a .txt, which counts, e.g. 00.caption"]
+
+
+def test_folders_like_kohyas_say_how_often_and_what(tmp_path):
+    """The number counts wherever the captions are from; the words only where there are none."""
+    for name, caption in (("10_red fox", None), ("2_red fox", "of its own"), ("plain", "x"), ("3_a/12_b_c", None)):
+        (path,) = write_images(tmp_path / "d" / name, ["a"])
+        if caption:
+            captioned(path, caption)
+    captioned(write_images(tmp_path / "d" / "2_red fox" / "more", ["a"])[0], "deeper")
+    captioned(write_images(tmp_path / "d" / "1999_summer", ["a"])[0], "a year")
+    found = examples(train_data_dir=str(tmp_path / "d"))
+    assert {(e.name, e.repeats, e.captions) for e in (found[i] for i in range(len(found)))} == {
+        ("10_red fox/00.png", 10, ("red fox",)),
+        ("1999_summer/00.png", 1, ("a year",)),
+        ("2_red fox/00.png", 2, ("of its own",)),
+        ("2_red fox/more/00.png", 2, ("deeper",)),
+        ("3_a/12_b_c/00.png", 12, ("b_c",)),
+        ("plain/00.png", 1, ("x",)),
+    }
+    assert "the number in 1999_summer repeats nothing: it has more than 3 digits" in found.notes[-1]
+    rows = [
+        {"file_name": f"{name}/00.png", "text": name} for name in ("10_red fox", "plain", "2_red fox/../3_a/12_b_c")
+    ]
+    (tmp_path / "d" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = examples(train_data_dir=str(tmp_path / "d"))
+    assert [(found[i].repeats, *found[i].captions) for i in range(3)] == [
+        (10, "10_red fox"),
+        (1, "plain"),
+        (12, "2_red fox/../3_a/12_b_c"),
+    ]
+
+
+def test_a_folder_that_repeats_nothing_at_all_is_refused(tmp_path):
+    write_images(tmp_path / "0_cat", ["a"])
+    with pytest.raises(UserError, match="^0_cat/00.png: its folder's number says 0 times an epoch"):
+        examples(train_data_dir=str(tmp_path))[0]

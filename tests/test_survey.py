@@ -292,6 +292,29 @@ def test_what_is_held_out_is_a_share_chosen_by_content(tmp_path):
         assert out == some[name[-7:]], name
 
 
+def test_an_epoch_has_each_picture_as_often_as_its_folder_says(tmp_path, capsys):
+    """In both 3_a and 2_a it counts five times. What is held out counts nowhere, however often it would be repeated."""
+    source, run = tmp_path / "d", tmp_path / "run"
+    for folder in ("3_a", "2_a", "plain"):
+        shutil.copytree(small_pictures(tmp_path / "twelve", 12), source / folder)
+    precompute(run, source, "--validation_fraction", 0.3)
+    cache = Cache(run / "cache")
+    out = cache.index["held_out"].sum()
+    kept = 12 - out // 3
+    assert out and out % 3 == 0 and kept and len(cache) == 3 * kept and cache.epoch == 6 * kept
+    said = capsys.readouterr().out
+    assert f"; 24 pictures repeated (an epoch has {6 * kept} images), e.g. 2_a/000.png" in said
+    batches = Batches(cache, settings("train", train_batch_size=1, gradient_accumulation_steps=1, seed=5), 1000)
+    drawn = [batches.rows(step, 0)[0] for step in range(2 * cache.epoch)]
+    times = {"3_a": 6, "2_a": 4, "plain": 2}
+    for i, name in enumerate(cache.names(range(36))):
+        assert drawn.count(i) == (0 if cache.index["held_out"][i] else times[name.split("/")[0]]), name
+    before = cache.manifest["content"]
+    (source / "3_a").rename(source / "4_a")
+    precompute(run, source, "--validation_fraction", 0.3)
+    assert Cache(run / "cache").manifest["content"] != before  # another order, so no run goes on with it
+
+
 def test_one_picture_at_least_is_held_out_when_there_are_two(tmp_path):
     """A validation on nothing says nothing; and a picture and its copy are never on both sides."""
     folder = small_pictures(tmp_path / "d", 3)

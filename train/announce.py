@@ -10,9 +10,10 @@ def before(run):
     """What will be trained, how, what that takes on the disk, and where it goes on from."""
     settings, pictures = run.settings, len(run.cache)
     slots, batch, steps = settings.gradient_accumulation_steps, settings.train_batch_size, settings.max_train_steps
-    epochs = steps * slots * batch / pictures
+    epochs = steps * slots * batch / run.cache.epoch
+    repeated = f", repeated to {run.cache.epoch:,} an epoch" if run.cache.epoch > pictures else ""
     print(
-        f"{many(pictures, 'picture')}, {int(run.cache.index['held_out'].sum()) or 'none'} held out; "
+        f"{many(pictures, 'picture')}{repeated}, {int(run.cache.index['held_out'].sum()) or 'none'} held out; "
         f"batch {batch} × {slots} = {slots * batch} a step; {many(steps, 'step')} = {epochs:,.1f} epochs"
     )
     trained = sum(parameter.numel() for parameter in run.adapters.parameters)

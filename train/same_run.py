@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import cache_folder, changed_rows, read_began, read_index
+from data.cache import cache_folder, changed_rows, read_began, read_index, with_repeats
 from data.common.disk import atomic_write, sha256_file, sync_folder
 from data.common.errors import UserError
 from data.common.flags import Train
@@ -127,7 +127,7 @@ def _what_changed(run, cache):
     if not now or not path.exists():
         return ["other rows in the cache"]
     with np.load(path) as began:
-        then = began["index"], began["names"].tolist()
+        then = with_repeats(began["index"]), began["names"].tolist()
     changed = changed_rows(then, now)
     return [f"{', '.join(changed)} since it began"] if changed else ["the cache was encoded by another model or VAE"]
 

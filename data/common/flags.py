@@ -56,7 +56,8 @@ class Precompute:
     )
     dataset_name: str | None = flag(None, "a dataset on the hub, or a folder written by datasets' save_to_disk")
     train_data_dir: str | None = flag(
-        None, "a folder of images with metadata.jsonl, or with a .txt caption next to each"
+        None,
+        "a folder of images with metadata.jsonl, with a .txt or .caption next to each, or in folders like 10_red fox",
     )
     image_column: str = flag("image", "the dataset's column of images")
     caption_column: str = flag("text", "the dataset's column of captions")

@@ -60,7 +60,7 @@ def make_cache(folder, pipeline, buckets):
     index = np.zeros((len(buckets), rows), INDEX)
     index["bucket"] = np.arange(len(buckets))[:, None]
     index["picture"] = index["mirrored"] = index["first_caption"] = range(rows)
-    index["captions"] = 1
+    index["captions"] = index["repeats"] = 1
     index["time_ids"] = index["mirrored_time_ids"] = np.array([[(*bucket, 0, 0, *bucket)] for bucket in buckets])
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, buckets)))
     facts |= dict(buckets=buckets, posterior_shapes=shapes, text_shape=text, pooled_shape=pooled)
