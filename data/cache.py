@@ -2,7 +2,8 @@
 
     RUN/cache/manifest.json       what the cache was made from and with; written last, so without it there is no cache
               index.npy           one record per example: its picture's row, its range of captions.npy, its time ids
-              captions.npy        the row in captions.rows of every example's first caption, second caption, ...
+              captions.npy        the row in captions.rows of every example's first caption, second caption, ...; where
+                                  a caption has variants, its tags in several orders, they stand in its place
               names.txt           one line per example: the name that messages call it by
               posteriors-HxW.rows of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
               captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption
@@ -57,6 +58,8 @@ MANIFEST = {
     "unconditional": fields.whole(0, 2**31),
     "rows": fields.whole(0, 2**31),
     "held_out": fields.whole(0, 2**31),
+    "caption_variants": fields.whole(1, 1000, missing=1),
+    "instance_prompt": fields.either(fields.text(), fields.one_of(None), missing=None),
     "skipped": fields.each(fields.each(fields.text(10**5), 2), 0, 2**31),
     "content": _digest,
     "files": fields.named(_digest),
@@ -70,7 +73,7 @@ INDEX = np.dtype(
         ("picture", "<i4"),  # index of its row in that bucket's posteriors
         ("mirrored", "<i4"),  # the same for the mirror image; without --random_flip the picture's own
         ("first_caption", "<i4"),  # index in captions.npy of the first of its captions
-        ("captions", "<i4"),  # how many it has; they follow one another there
+        ("captions", "<i4"),  # how many rows of captions.npy it has: of each caption its variants, one after the other
         ("held_out", "?"),  # not for training
         ("time_ids", "<i4", (6,)),
         ("mirrored_time_ids", "<i4", (6,)),
@@ -449,16 +452,20 @@ class Cache:
             return [f"row {i}" for i in examples]
         return [names[i] for i in examples]
 
-    def batch(self, examples, mirrored, empty, which=0.0):
+    def batch(self, examples, mirrored, empty, which=0.0, variant=0.0):
         """The arrays of B examples of one bucket, as fresh copies.
 
         mirrored (B,) bool: take the mirror image where one is cached. empty (B,) bool: take the unconditional embedding
-        instead of the caption's. which (B,), 0 <= which < 1: where in the example's range of captions to take one.
+        instead of the caption's. which (B,), 0 <= which < 1: where among the example's captions to take one.
+        variant (B,), 0 <= variant < 1: where among that caption's variants.
         -> dict of mean, std (B, 4, h, w), text (B, 77, 2048), pooled (B, 1280), all fp16, and time_ids (B, 6) int32
         """
         records = self.index[np.asarray(examples)]
         pictures = np.where(mirrored, records["mirrored"], records["picture"])
-        places = records["first_caption"] + (np.float64(which) * records["captions"]).astype(int)
+        variants = self.manifest["caption_variants"]
+        caption = (np.float64(which) * (records["captions"] // variants)).astype(int)
+        order = (np.float64(variant) * variants).astype(int)
+        places = records["first_caption"] + caption * variants + order
         captions = np.where(empty, self.manifest["unconditional"], self.caption_rows[places])
         posteriors = self.posteriors[records["bucket"][0]].read(pictures)
         flat = self.captions.read(captions)

@@ -9,17 +9,23 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.captions import wording
 from data.common.disk import DISK_ERRORS
 from data.common.errors import UserError, is_text, printable
+from data.common.flags import Precompute
 from data.common.words import many, shortened
 from data.images import MAX_BYTES, SUFFIXES
 
 TEXTS = (".txt", ".caption")  # what a picture's captions are in, next to it; where both are there, the first counts
 
 
+class NoCaption(UserError):
+    """A picture has no caption; that says what is to do."""
+
+
 @dataclass(frozen=True)
 class Example:
-    """One picture with its captions, of which training draws one each time.
+    """One picture with the texts that are encoded for it, of which training draws one each time.
 
     `source` is the file's bytes or its path; messages call the picture by `name`; an epoch has it `repeats` times.
     """
@@ -52,11 +58,11 @@ class Examples:
     """A sequence of `length` Examples. read(index) -> (path or None, bytes or None, its captions)
 
     The captions are one string, a list of strings, or the UserError that says why there are none.
-    notes: what there was besides the examples, a line each.
+    notes: what there was besides the examples, a line each. wording: what becomes of the captions.
     """
 
-    def __init__(self, read, length, folder=None, notes=()):
-        self.read, self.length, self.folder, self.notes = read, length, folder, notes
+    def __init__(self, read, length, folder, notes, wording):
+        self.read, self.length, self.folder, self.notes, self.wording = read, length, folder, notes, wording
 
     def __len__(self):
         return self.length
@@ -74,6 +80,8 @@ class Examples:
     def __getitem__(self, index):
         path, data, captions = self.read(index)
         name = self._name(index, path)
+        if self.wording.prompt and (not captions or isinstance(captions, NoCaption)):
+            captions = self.wording.prompt
         if isinstance(captions, UserError):
             raise UserError(f"{name}: {captions}")
         if not path and data is None:
@@ -89,7 +97,7 @@ class Examples:
         repeats, _ = kohyas(path, self.folder) if self.folder else (1, None)
         if not repeats:
             raise UserError(f"{name}: its folder's number says 0 times an epoch; give it another name, or remove it")
-        return Example(name, Path(path) if data is None else data, captions, repeats)
+        return Example(name, Path(path) if data is None else data, self.wording.texts(captions), repeats)
 
 
 def open_examples(settings):
@@ -99,20 +107,25 @@ def open_examples(settings):
     """
     if (settings.dataset_name is None) == (settings.train_data_dir is None):
         raise UserError("give one of --dataset_name and --train_data_dir")
+    words = wording(settings)
     if settings.dataset_name is not None:
         flag = f"--dataset_name {settings.dataset_name}"
-        read, length = _dataset(flag, settings.dataset_name, settings.image_column, settings.caption_column)
-        notes = []
+        columns = settings.image_column, settings.caption_column
+        read, length, notes = _dataset(flag, settings.dataset_name, *columns, words.prompt)
     else:
-        flag = f"--train_data_dir {settings.train_data_dir}"
-        read, length, notes = _folder(flag, Path(settings.train_data_dir), settings.caption_column)
+        flag, folder = f"--train_data_dir {settings.train_data_dir}", Path(settings.train_data_dir)
+        read, length, notes = _folder(flag, folder, settings.caption_column, words.prompt)
     if not length:
         raise UserError(f"{flag}: no rows in it")
-    return Examples(read, min(length, settings.max_train_samples or length), settings.train_data_dir, notes)
+    length = min(length, settings.max_train_samples or length)
+    return Examples(read, length, settings.train_data_dir, notes, words)
 
 
-def _dataset(flag, name, image_column, caption_column):
-    """A dataset of the hub or of save_to_disk, its split "train" or the only one. -> (read, length) for Examples"""
+def _dataset(flag, name, image_column, caption_column, prompt):
+    """A dataset of the hub or of save_to_disk, its split "train" or the only one. -> (read, length, notes) for Examples
+
+    Where it has no column of captions, and the flag names none either, the prompt is every picture's caption.
+    """
     import datasets
     import pyarrow
 
@@ -121,7 +134,7 @@ def _dataset(flag, name, image_column, caption_column):
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except IndexError:  # raised by datasets for a saved dataset that has no rows
-        return None, 0
+        return None, 0, []
     # RuntimeError: the dataset is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if getattr(error.__cause__ or error, "errno", None) in DISK_ERRORS:
@@ -132,31 +145,38 @@ def _dataset(flag, name, image_column, caption_column):
         if "train" not in loaded and len(loaded) != 1:
             raise UserError(f"{flag}: no split train, but {', '.join(loaded)}")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for which, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    bare = prompt and caption_column == Precompute.caption_column and caption_column not in loaded.column_names
+    wanted = {"--image_column": image_column} | ({} if bare else {"--caption_column": caption_column})
+    for which, column in wanted.items():
         if column not in loaded.column_names:
             raise UserError(f"{which} {column}: not in the dataset, which has {', '.join(loaded.column_names)}")
     if image_column == caption_column:
         raise UserError(f"--image_column and --caption_column are both {image_column}; name one of each")
     if not len(loaded):  # because what follows fails inside datasets when there are no rows
-        return None, 0
+        return None, 0, []
     as_in_the_file = datasets.Image(decode=False)  # so that broken pictures and orientation are decided about here
     try:
-        rows = loaded.select_columns([image_column, caption_column]).cast_column(image_column, as_in_the_file)
+        rows = loaded.select_columns(list(wanted.values())).cast_column(image_column, as_in_the_file)
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"--image_column {image_column}: holds no images ({str(error).splitlines()[0]})") from None
 
     def read(index):
         row = rows[index]
         image = row[image_column] or dict(path=None, bytes=None)
-        return image["path"], image["bytes"], row[caption_column]
+        return image["path"], image["bytes"], None if bare else row[caption_column]
 
-    return read, len(rows)
+    return read, len(rows), [f"{flag}: no column {caption_column}: {_theirs(prompt)}"] if bare else []
 
 
-def _folder(flag, folder, caption_column):
+def _theirs(prompt):
+    return f"every caption is {shortened(prompt)}"
+
+
+def _folder(flag, folder, caption_column, prompt):
     """Images with a metadata.jsonl or .csv, as in datasets' image folders, or each with a .txt or .caption next to it.
 
-    A picture with neither has the words of its folder's name, where that is like kohya's (10_red fox).
+    A picture with neither has the prompt for a caption; without a prompt the words of its folder's name, where that is
+    like kohya's (10_red fox).
     They are read here and not by `datasets`, because it drops a row whose file is missing without a word.
     -> (read, length, notes) for Examples
     """
@@ -168,15 +188,17 @@ def _folder(flag, folder, caption_column):
     if table is None:
         if not pictures and not closed:
             raise UserError(f"{flag}: no images in it")
-        paths, captions = pictures, [_captions_of(path, folder) for path in pictures]
+        paths, captions = pictures, [_captions_of(path) for path in pictures]
         used, unlisted = {*paths, *(os.path.splitext(path)[0] + suffix for path in paths for suffix in TEXTS)}, []
     else:
-        paths, captions = _table(table, caption_column)
+        paths, captions = _table(table, caption_column, prompt)
         used = {str(table), *(os.path.normpath(path) for path in paths if path)}
         unlisted = [path for path in pictures if os.path.normpath(path) not in used]
     others = [path for path in files if _suffix(path) not in SUFFIXES and path not in used]
     paths, captions = paths + list(closed), captions + list(closed.values())
     notes = _notes(folder, files, hidden, others, unlisted, table)
+    if without := [i for i, caption in enumerate(captions) if isinstance(caption, NoCaption)]:
+        notes += _name_them(folder, paths, captions, without, prompt)
     return lambda index: (paths[index], None, captions[index]), len(paths), notes
 
 
@@ -208,6 +230,23 @@ def _listing(flag, folder):
 
 def _suffix(path):
     return os.path.splitext(path)[1].lower()
+
+
+def _name_them(folder, paths, captions, without, prompt):
+    """Give the pictures at the indices `without` the caption that their folder's name is, unless there is a prompt.
+
+    -> notes on it
+    """
+    if prompt:
+        return [f"{folder}: {many(len(without), 'picture')} without a caption: theirs is {shortened(prompt)}"]
+    names = {i: words for i in without if paths[i] and (words := kohyas(paths[i], folder)[1])}
+    for i, words in names.items():
+        captions[i] = words
+    if not names:
+        return []
+    i, words = next(iter(names.items()))
+    example = f"e.g. {printable(os.path.relpath(paths[i], folder))}: {shortened(words)}"
+    return [f"{folder}: {many(len(names), 'picture')} without a caption: theirs is their folder's name, {example}"]
 
 
 def kohyas(path, folder):
@@ -252,8 +291,11 @@ def _notes(folder, files, hidden, others, unlisted, table):
     return notes
 
 
-def _table(table, caption_column):
-    """metadata.jsonl or metadata.csv -> (paths, captions), None or a UserError for what a row lacks"""
+def _table(table, caption_column, prompt):
+    """metadata.jsonl or metadata.csv -> (paths, captions), None or a UserError for what a row lacks
+
+    With a prompt there need be no column of captions, unless the flag names one.
+    """
     paths, captions, columns = [], [], {}
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -273,28 +315,31 @@ def _table(table, caption_column):
                 if caption_column in line:
                     captions.append(line[caption_column])
                 else:
-                    captions.append(UserError(f"no {caption_column} in its row of {table.name}"))
+                    captions.append(NoCaption(f"no {caption_column} in its row of {table.name}"))
     except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         raise UserError(f"{table}, row {len(captions)}: {error}") from None
-    for flag, column in (("", "file_name"), ("--caption_column ", caption_column)):
-        if paths and column not in columns:
+    bare = prompt and caption_column == Precompute.caption_column
+    for flag, column, needed in (("", "file_name", True), ("--caption_column ", caption_column, not bare)):
+        if paths and needed and column not in columns:
             raise UserError(f"{flag}{column}: not in {table}, which has {', '.join(map(str, columns))}")
     return paths, captions
 
 
-def _captions_of(picture, folder):
-    """The captions of a picture in a folder without a table: one, or a list; a UserError where there are none.
+def _captions_of(picture):
+    """The caption in the .txt or .caption next to a picture, a list where it has several lines.
 
-    They are the lines of the .txt or .caption next to it. Without one they are the words of its folder's name.
+    NoCaption where there is neither, another UserError where it cannot be read.
     """
     text = Path(picture).with_suffix(TEXTS[0])
     try:
         text = next((path for path in map(text.with_suffix, TEXTS) if path.is_file()), None)
         if text is None:
-            name, (_, words) = printable(Path(picture).with_suffix(TEXTS[0]).name), kohyas(picture, folder)
-            return words or UserError(f"no metadata.jsonl in the folder and no {name} next to it; write one of them")
+            name = printable(Path(picture).with_suffix(TEXTS[0]).name)
+            return NoCaption(
+                f"no metadata.jsonl in the folder and no {name} next to it; write one of them, or use --instance_prompt"
+            )
         lines = text.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         if error.errno in DISK_ERRORS:

@@ -3,6 +3,8 @@
 Workers read, decode and stack the next batches while one is encoded and the one before it is written.
 """
 
+import itertools
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +52,12 @@ class Draft:
         """The rows that have the `captions`, indices into caption_keys."""
         return np.searchsorted(self.rows["first_caption"], captions, side="right") - 1
 
-    def caption(self, row, index):
-        """The text of a row's caption, `index` among all captions."""
-        return self.example(row).captions[index - self.rows["first_caption"][row]]
+    def to_encode(self, indices):
+        """Yield (row, index, text) of the captions at `indices` of caption_keys. Each row is read once."""
+        for row, some in itertools.groupby(zip(self.row_of(indices), indices), operator.itemgetter(0)):
+            captions = self.example(row).captions
+            for _, index in some:
+                yield row, index, captions[index - self.rows["first_caption"][row]]
 
     def name(self, row):
         """The name that messages call the row's example by."""
@@ -91,7 +96,7 @@ def encode_captions(draft, todo, device, stop):
     if long:
         print(
             f"longer than CLIP reads: {many(len(long), 'caption')}; what follows 75 tokens is not seen, "
-            f"e.g. of {draft.name(long[0][0])}: {shortened(draft.caption(*long[0]))}",
+            f"e.g. of {draft.name(long[0][0])}: {shortened(long[0][1])}",
             flush=True,
         )
     texts.unload()  # so that they and the VAE are never in memory together
@@ -126,16 +131,16 @@ def unconditional(draft, texts):
 def captions_in_batches(draft, texts, indices, stop, long):
     """Yield (keys, embeddings) of the captions at `indices`, until a signal stops it.
 
-    Those that are longer than CLIP reads are put into the list `long`, each as (row, index).
+    Those that are longer than CLIP reads are put into the list `long`, each as (row, text).
     """
 
     def started():
-        for batch in batches(zip(draft.row_of(indices), indices), CAPTIONS_AT_ONCE):
+        for batch in batches(draft.to_encode(indices), CAPTIONS_AT_ONCE):
             if stop.received:
                 return
-            captions = [draft.caption(*place) for place in batch]
-            long.extend(place for place, text in zip(batch, captions) if texts.truncated(text))
-            yield draft.caption_keys[[index for _, index in batch]], captions
+            rows, places, captions = zip(*batch)
+            long.extend((row, text) for row, text in zip(rows, captions) if texts.truncated(text))
+            yield draft.caption_keys[list(places)], list(captions)
 
     for keys, embeddings in texts.encode(started()):
         yield keys, embeddings.numpy()

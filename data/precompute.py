@@ -149,6 +149,8 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
             posterior_shapes=[file.shape for file in posteriors],
             text_shape=texts.text_shape,
             pooled_shape=texts.pooled_shape,
+            caption_variants=examples.wording.variants,
+            instance_prompt=examples.wording.prompt,
         ),
     )
 
@@ -200,7 +202,10 @@ def overview(draft, skipped):
 
     say(np.flatnonzero((size < bucket).any(axis=1)), "picture", " enlarged")
     say(np.flatnonzero(rows["empty"]), "row", " with an empty caption")
-    say(np.flatnonzero(rows["captions"] > 1), "row", " with several captions")
+    variants = draft.facts["caption_variants"]
+    say(np.flatnonzero(rows["captions"] > variants), "row", " with several captions")
+    if variants > 1:
+        facts.append(f"each caption in {variants} orders, {len(np.unique(draft.caption_keys)):,} texts in all")
     epoch = rows["repeats"][~rows["held_out"]].sum()
     say(np.flatnonzero(rows["repeats"] > 1), "picture", f" repeated (an epoch has {many(epoch, 'image')})")
     _, first = np.unique(rows["image_digest"], return_index=True)
@@ -214,7 +219,9 @@ def in_words(draft, todo):
     """What a message says of it. -> (which rows are to be encoded, why)"""
     before = read_index(draft.folder)
     pictures = [np.concatenate(both) for both in zip(*todo.pictures)]
-    captions = draft.row_of(todo.captions)
+    having = draft.row_of(todo.captions)
+    place = todo.captions - draft.rows["first_caption"][having]
+    captions = having, place % draft.facts["caption_variants"] > 0
     before = before and (*before, read_manifest(draft.folder))
     return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, todo.unconditional)
 

@@ -125,16 +125,17 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
     """What is to be encoded and why: ("3 of 1,221 rows", "2 captions changed, 1 image new; 1 row removed").
 
     pictures: what is to be encoded, as indices of rows and whether mirrored, two arrays. captions: the row of each
-    caption that is. facts: what the manifest will say of the encoders. before: (index, names, manifest) of the cache as
-    it is, or None. unconditional: whether the unconditional embedding is to be encoded.
+    caption that is, and whether it is a variant, two arrays. facts: what the manifest will say of the encoders and
+    captions. before: (index, names, manifest) of the cache as it is, or None. unconditional: whether the unconditional
+    embedding is to be encoded.
     """
     old_index, old_names, old_facts = before or (np.empty(0, INDEX), [], {})
     names = list(told_apart(names))
     old = {name: i for i, name in enumerate(told_apart(old_names))}
     was = np.array([old.get(name, -1) for name in names], int)
 
-    def reason(noun, i, mirrored=False):
-        if was[i] < 0:
+    def reason(noun, i, mirrored=False, variant=False):
+        if was[i] < 0 or variant and old_facts["caption_variants"] != facts["caption_variants"]:
             return "new"
         there, here = old_index[was[i]], rows[i]
         if there[f"{noun}_digest"] != here[f"{noun}_digest"]:
@@ -149,13 +150,15 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
         same = old_facts["identity"][encoder] == facts["identity"][encoder]
         return "damaged or lost" if same else "for another encoder"
 
-    why = collections.Counter(("caption", reason("caption", i)) for i in captions)
+    why = collections.Counter(
+        ("variant" if variant else "caption", reason("caption", i, variant=variant)) for i, variant in zip(*captions)
+    )
     why += collections.Counter(("image", reason("image", i, mirrored)) for i, mirrored in zip(*pictures))
     groups = [[f"{many(count, noun)} {because}" for (noun, because), count in why.items()]]
     if before and unconditional:
         groups[0].append("the unconditional embedding")
 
-    touched = np.union1d(captions, pictures[0]).astype(int)
+    touched = np.union1d(captions[0], pictures[0]).astype(int)
     others = np.setdiff1d(np.arange(len(rows)), touched)
     known = others[was[others] >= 0]
     there, here = old_index[was[known]], rows[known]

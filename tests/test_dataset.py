@@ -411,7 +411,9 @@ def test_folders_like_kohyas_say_how_often_and_what(tmp_path):
         ("3_a/12_b_c/00.png", 12, ("b_c",)),
         ("plain/00.png", 1, ("x",)),
     }
-    assert "the number in 1999_summer repeats nothing: it has more than 3 digits" in found.notes[-1]
+    assert "the number in 1999_summer repeats nothing: it has more than 3 digits" in found.notes[0]
+    named = "2 pictures without a caption: theirs is their folder's name, e.g. 10_red fox/00.png: 'red fox'"
+    assert found.notes[1:] == [f"{tmp_path / 'd'}: {named}"]
     rows = [
         {"file_name": f"{name}/00.png", "text": name} for name in ("10_red fox", "plain", "2_red fox/../3_a/12_b_c")
     ]

@@ -139,7 +139,8 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 
-WORDS = [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and "prompt" not in f.name]
+MAY_BE_EMPTY = ("prompt", "negative_prompt")
+WORDS = [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and f.name not in MAY_BE_EMPTY]
 
 
 @pytest.mark.parametrize("command, name", WORDS)
@@ -211,6 +212,9 @@ USELESS_FLAGS = [
     ("infer", "--negative_prompt ugly --guidance_scale 1", "--guidance_scale"),
     ("data.precompute", "--train_data_dir x --image_column photo", "--train_data_dir"),
     ("data.precompute", f"--pretrained_model_name_or_path {ROOT} --revision main", "folder"),
+    ("data.precompute", "--keep_tokens 1", "--shuffle_caption"),
+    ("data.precompute", "--caption_variants 4", "--shuffle_caption"),
+    ("data.precompute", "--seed 3", "--shuffle_caption"),
 ]
 
 

@@ -39,7 +39,9 @@ class Batches:
         mirrored = torch.rand(B, generator=stream("flip")) < 0.5
         empty = torch.rand(B, generator=stream("dropout")) < settings.proportion_empty_prompts
         which = torch.rand(B, generator=stream("caption"))  # of an example's captions
-        arrays = self.cache.batch(self.rows(step, slot), mirrored.numpy(), empty.numpy(), which.numpy())
+        variant = torch.rand(B, generator=stream("variant"))  # of that caption's
+        draws = (draw.numpy() for draw in (mirrored, empty, which, variant))
+        arrays = self.cache.batch(self.rows(step, slot), *draws)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         mean, std = batch.pop("mean").float(), batch.pop("std").float()
         noise = torch.randn(mean.shape, generator=stream("posterior"))

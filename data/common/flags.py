@@ -61,6 +61,16 @@ class Precompute:
     )
     image_column: str = flag("image", "the dataset's column of images")
     caption_column: str = flag("text", "the dataset's column of captions")
+    instance_prompt: str | None = flag(
+        None, "a trigger word: the caption of pictures that have none, and in front of the others that lack it"
+    )
+    shuffle_caption: bool = flag(
+        False, "cache each caption with its comma-separated tags in several orders, of which training draws one"
+    )
+    keep_tokens: int = flag(0, "with --shuffle_caption the first N tags stay in front", at_least=0, at_most=1000)
+    caption_variants: int | None = flag(
+        None, "orders of each caption with --shuffle_caption, its own among them; default: 8", at_least=2, at_most=1000
+    )
     max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1, at_most=MOST)
     resolution: int = flag(
         1024,
@@ -79,6 +89,7 @@ class Precompute:
         False, "leave out rows that cannot be used, and list them in the manifest, instead of stopping"
     )
     explain: bool = flag(False, "say what would be encoded and why, and do nothing")
+    seed: int = flag(42, "the orders of --shuffle_caption are functions of it", at_least=0, at_most=2**63 - 1)
     mixed_precision: str = flag("fp16", "what the VAE and the text encoders compute in", choices=PRECISIONS)
     cache_dir: str | None = flag(None, "the cache's folder, for several runs on one cache; default: RUN/cache")
 
@@ -184,6 +195,13 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             ),
             "--model_config: does nothing without a model or a VAE that is one .safetensors file; leave it out",
         ),
+        *(
+            (
+                lambda s, name=name: not s.shuffle_caption and getattr(s, name) != getattr(Precompute, name),
+                f"--{name}: does nothing without --shuffle_caption; leave it out, or shuffle",
+            )
+            for name in ("keep_tokens", "caption_variants", "seed")
+        ),
     ],
     Train: [
         (
@@ -286,7 +304,7 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
-        if word == "" and "prompt" not in f.name:
+        if word == "" and f.name not in ("prompt", "negative_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
             raise UserError(f"--{f.name}: empty")
     if value is None or isinstance(value, (bool, str, list)):
