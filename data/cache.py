@@ -6,7 +6,8 @@
                                   a caption has variants, its tags in several orders, they stand in its place
               names.txt           one line per example: the name that messages call it by
               posteriors-HxW.rows of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
-              captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption
+              captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption; captions-152.rows
+                                  and captions-227.rows of longer ones
               *.keys              per row: the sha256 of all it was made of, and a checksum of its bytes
 
 A row is found by what it was made of. One that is there is never made again, and one whose caption, picture, model or
@@ -262,7 +263,8 @@ def _npy(array):
 
 def _rows(folder, manifest):
     """The cache's files of rows: (captions, [posteriors of each bucket])"""
-    captions = Rows(folder, "captions", (math.prod(manifest["text_shape"]) + math.prod(manifest["pooled_shape"]),))
+    text_shape, pooled_shape = manifest["text_shape"], manifest["pooled_shape"]
+    captions = Rows(folder, captions_name(text_shape), (math.prod(text_shape) + math.prod(pooled_shape),))
     names = map(posteriors_name, manifest["buckets"])
     return captions, [Rows(folder, name, shape) for name, shape in zip(names, manifest["posterior_shapes"])]
 
@@ -458,7 +460,7 @@ class Cache:
         mirrored (B,) bool: take the mirror image where one is cached. empty (B,) bool: take the unconditional embedding
         instead of the caption's. which (B,), 0 <= which < 1: where among the example's captions to take one.
         variant (B,), 0 <= variant < 1: where among that caption's variants.
-        -> dict of mean, std (B, 4, h, w), text (B, 77, 2048), pooled (B, 1280), all fp16, and time_ids (B, 6) int32
+        -> dict of mean, std (B, 4, h, w), text (B, L, 2048), pooled (B, 1280), all fp16, and time_ids (B, 6) int32
         """
         records = self.index[np.asarray(examples)]
         pictures = np.where(mirrored, records["mirrored"], records["picture"])
@@ -476,6 +478,11 @@ class Cache:
             pooled=flat[:, self.text_size :],
             time_ids=np.where(np.asarray(mirrored)[:, None], records["mirrored_time_ids"], records["time_ids"]),
         )
+
+
+def captions_name(text_shape):
+    """The name, without its ending, of the file that holds the embeddings of texts of this shape."""
+    return "captions" if text_shape[0] <= 77 else f"captions-{text_shape[0]}"
 
 
 def posteriors_name(bucket):

@@ -7,26 +7,30 @@ from data.common.imports import lean
 from data.models.files import dtype_name
 from data.models.identity import fingerprint
 
+CHUNK = 75  # tokens of a text that CLIP reads at once
+
 
 class TextEncoders:
-    """Both CLIPs as SDXL uses them.
+    """Both CLIPs as SDXL uses them, or as kohya's tools read captions that are longer than CLIP's 75 tokens.
 
-    text_shape    of a caption's penultimate hidden states of both, side by side: (77, 768 + 1280)
+    chunks        of 75 tokens that are read of a caption, each on its own
+    text_shape    of a caption's penultimate hidden states of both, side by side: (2 + 75 chunks, 768 + 1280)
     pooled_shape  of the projected output of the second one: (1280,)
     """
 
-    def __init__(self, model, precision):
-        self.model, self.precision = model, precision
+    def __init__(self, model, precision, max_token_length=CHUNK):
+        self.model, self.precision, self.chunks = model, precision, max_token_length // CHUNK
         self.tokenizer_components = [model.component(name) for name in ("tokenizer", "tokenizer_2")]
         self.encoder_components = [model.component(name) for name in ("text_encoder", "text_encoder_2")]
         configs = [component.config() for component in self.encoder_components]
-        self.text_shape = (configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs))
+        self.text_shape = (2 + CHUNK * self.chunks, sum(config["hidden_size"] for config in configs))
         self.pooled_shape = (configs[1]["projection_dim"],)
 
     def fingerprint(self, identities):
         """What an embedding depends on besides its caption. identities: of the model's components, by name."""
         parts = self.tokenizer_components + self.encoder_components
-        return "-".join([*(fingerprint(identities[part.name]) for part in parts), self.precision])
+        longer = [f"{self.chunks}chunks"] if self.chunks > 1 else []
+        return "-".join([*(fingerprint(identities[part.name]) for part in parts), self.precision, *longer])
 
     def load(self, device):
         """-> LoadedTextEncoders. Raises UserError when they cannot tell two captions apart."""

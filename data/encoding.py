@@ -95,7 +95,7 @@ def encode_captions(draft, todo, device, stop):
     stop_if_asked(stop)
     if long:
         print(
-            f"longer than CLIP reads: {many(len(long), 'caption')}; what follows 75 tokens is not seen, "
+            f"longer than CLIP reads: {many(len(long), 'caption')}; what follows {texts.tokens} tokens is not seen, "
             f"e.g. of {draft.name(long[0][0])}: {shortened(long[0][1])}",
             flush=True,
         )

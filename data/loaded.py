@@ -3,6 +3,7 @@ loads them.
 """
 
 import contextlib
+import itertools
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from data.common.ahead import behind
 from data.common.errors import UserError, out_of_memory
 from data.common.words import first_of
+from data.encoders import CHUNK
 from data.models import fused
 from data.models.files import load, torch_dtype
 
@@ -23,13 +25,14 @@ SMALLEST_VOCABULARY = 514  # byte-level CLIP: 256 bytes, each also as the end of
 class LoadedTextEncoders:
     """Both CLIPs as SDXL uses them.
 
-    text    the penultimate hidden states of both, side by side, (77, 768 + 1280)
+    text    the penultimate hidden states of both, side by side, (L, 768 + 1280); L = 77, with more chunks 152 or 227
     pooled  the projected output of the second one, (1280,)
     """
 
     def __init__(self, described, device):
         """described: TextEncoders (data/encoders.py)"""
-        self.name, self.length = described.model.name, described.text_shape[0]
+        self.name, self.chunks = described.model.name, described.chunks
+        self.tokens = described.chunks * CHUNK  # of a caption that are read
         self.dtype = torch_dtype(described.precision)
         disable_progress_bar()
         tokenizers, encoders = described.tokenizer_components, described.encoder_components
@@ -59,8 +62,10 @@ class LoadedTextEncoders:
         torch.cuda.empty_cache()
 
     def __call__(self, captions):
-        """B strings -> text (B, 77, 2048), pooled (B, 1280), equal to StableDiffusionXLPipeline.encode_prompt.
+        """B strings -> text (B, L, 2048), pooled (B, 1280).
 
+        With one chunk they are equal to StableDiffusionXLPipeline.encode_prompt, with more to kohya's sd-scripts
+        (library/strategy_sdxl.py, SdxlTextEncodingStrategy), whose LoRAs and tools read long captions so.
         Raises UserError when a number is not finite.
         """
         text, pooled = self._states(captions)
@@ -68,7 +73,7 @@ class LoadedTextEncoders:
         return text, pooled
 
     def encode(self, batches):
-        """Encode the captions of each (tag, B strings), and yield (tag, rows fp16 (B, 77 · 2048 + 1280) on the CPU).
+        """Encode the captions of each (tag, B strings), and yield (tag, rows fp16 (B, L · 2048 + 1280) on the CPU).
 
         A row is text, flat, and pooled behind it. Raises UserError when a number is not finite.
         """
@@ -78,12 +83,10 @@ class LoadedTextEncoders:
     def _states(self, captions):
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
-            ids = tokenizer(
-                captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-            ).input_ids
+            ids = in_chunks(tokenizer, captions, self.chunks)
             out = encoder(ids.to(encoder.device, non_blocking=True), output_hidden_states=True)
-            hidden.append(out.hidden_states[-2])
-        return torch.cat(hidden, dim=-1), out.text_embeds
+            hidden.append(joined(out.hidden_states[-2], self.chunks))
+        return torch.cat(hidden, dim=-1), out.text_embeds[:: self.chunks]  # pooled of each caption's first chunk
 
     def _start(self, captions):
         text, pooled = self._states(captions)
@@ -101,8 +104,27 @@ class LoadedTextEncoders:
             raise UserError(f"{self.name}: its text encoders give numbers that are not finite; {what_to_do}")
 
     def truncated(self, caption):
-        """Whether the caption is longer than the 75 tokens that CLIP reads."""
-        return len(self.tokenizers[0](caption).input_ids) > self.length
+        """Whether the caption is longer than the tokens that are read of it."""
+        return len(self.tokenizers[0](caption, add_special_tokens=False, verbose=False).input_ids) > self.tokens
+
+
+def in_chunks(tokenizer, captions, chunks):
+    """B strings -> token ids (B · chunks, 77): each caption's `chunks` chunks, one after the other.
+
+    Each is a text of its own for CLIP: the start, up to 75 of the caption's tokens, the end, and padding.
+    """
+    texts = tokenizer(captions, add_special_tokens=False, truncation=True, max_length=chunks * CHUNK).input_ids
+    ids = torch.full((len(texts) * chunks, CHUNK + 2), tokenizer.pad_token_id)
+    for row, (text, i) in zip(ids, itertools.product(texts, range(0, chunks * CHUNK, CHUNK))):
+        chunk = [tokenizer.bos_token_id, *text[i : i + CHUNK], tokenizer.eos_token_id]
+        row[: len(chunk)] = torch.tensor(chunk)
+    return ids
+
+
+def joined(states, chunks):
+    """Hidden states (B · chunks, 77, width) -> (B, 2 + 75 chunks, width): one start, all that is between, one end."""
+    states = states.unflatten(0, (-1, chunks))
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
 
 
 def _read(kind, folder, component, **how):

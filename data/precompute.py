@@ -17,6 +17,7 @@ from data.cache import (
     INDEX,
     VERSION,
     Rows,
+    captions_name,
     earlier_version,
     posteriors_name,
     read_components,
@@ -105,7 +106,8 @@ def open_encoders(settings):
     vae_name = settings.pretrained_vae_model_name_or_path
     vae_model = Model(vae_name, None, variant, settings.model_config or model.configs()) if vae_name else model
     model.check()
-    return TextEncoders(model, settings.mixed_precision), VAE(vae_model, settings.mixed_precision)
+    texts = TextEncoders(model, settings.mixed_precision, settings.max_token_length)
+    return texts, VAE(vae_model, settings.mixed_precision)
 
 
 def look(settings, folder, examples, texts, vae, pool, skipped):
@@ -135,7 +137,7 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
         names=names,
         unconditional=key("unconditional", identity["text_encoders"], zeros),
         zeros=zeros,
-        captions=Rows(folder, "captions", (np.prod(texts.text_shape) + texts.pooled_shape[0],)),
+        captions=Rows(folder, captions_name(texts.text_shape), (np.prod(texts.text_shape) + texts.pooled_shape[0],)),
         posteriors=posteriors,
         facts=dict(
             model=asdict(texts.model.pinned()),

@@ -142,6 +142,8 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
             return "changed"
         if noun == "image" and (there["time_ids"] != here["time_ids"]).any():
             return "at another resolution"
+        if noun == "caption" and old_facts["text_shape"][0] != facts["text_shape"][0]:
+            return "at another length"
         if mirrored and there["mirrored"] == there["picture"]:
             return "mirrored"
         if noun == "image" and old_facts["decoder"] != facts["decoder"]:

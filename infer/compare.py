@@ -13,7 +13,7 @@ from data.cache import cache_folder, read_manifest
 from data.common.disk import atomic_write
 from data.common.errors import UserError, one_line
 from data.common.words import many
-from data.encoders import TextEncoders
+from data.encoders import CHUNK, TextEncoders
 from data.models.files import Model, load
 from data.models.identity import check_unchanged, fingerprint, identity
 from infer.grid import grid
@@ -34,9 +34,10 @@ def compare(settings, run):
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
 
-    encoders = TextEncoders(model, precision).load(device)
+    encoders = TextEncoders(model, precision, max_token_length(run)).load(device)
     for prompt in filter(encoders.truncated, [*settings.prompt, settings.negative_prompt or ""]):
-        print(f"warning: longer than CLIP reads; what follows 75 tokens is not seen: {one_line(prompt, 60)}")
+        read = encoders.tokens
+        print(f"warning: longer than CLIP reads; what follows {read} tokens is not seen: {one_line(prompt, 60)}")
     embeddings = encode(encoders, model, settings.prompt, settings.negative_prompt)
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
@@ -117,6 +118,12 @@ def warn_of_another_base(contents, model, unet_print):
     if there and here and there != here or on_hub and made_for != model.name:
         of = f" (its UNet has the fingerprint {here}, not {there})" if there else ""
         print(f"warning: {contents.path} was trained on {made_for}, the base here is {model.public_name()}{of}")
+
+
+def max_token_length(run):
+    """How many tokens of a prompt are read: as many as of the captions of the run's cache; 75 where there is none."""
+    cache = cache_folder(run)
+    return read_manifest(cache)["text_shape"][0] - 2 if (cache / "manifest.json").exists() else CHUNK
 
 
 def check_steps(model, steps):

@@ -44,7 +44,7 @@ def noise(seed, prompt, shape):
 def sample(pipeline, embeddings, latents, steps, guidance):
     """Draw one picture (PIL) from the noise `latents` (1, 4, h, w), whose size decides the picture's.
 
-    embeddings: text (1, 77, 2048), pooled (1, 1280), then both of the negative prompt.
+    embeddings: text (1, L, 2048), pooled (1, 1280), then both of the negative prompt.
     """
     pipeline.set_progress_bar_config(disable=True)
     unet, factor = pipeline.unet, pipeline.vae_scale_factor

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from data.buckets import time_ids
 from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
+from data.loaded import in_chunks
 from data.models.files import Model
 from data.models.identity import identities
 
@@ -51,6 +52,86 @@ def test_text_equals_the_pipelines(texts, pipeline):
             torch.testing.assert_close(text[i : i + 1], theirs[0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(pooled[i : i + 1], theirs[2], rtol=1e-4, atol=1e-4)
     assert (text[0] - text[1]).abs().max() > 0.01  # or the comparison would hold for anything
+
+
+def stream(tokenizer, caption, length):
+    """A caption's token ids, start and end around them, cut or padded to the length: what sd-scripts begins with."""
+    ids = [tokenizer.bos_token_id, *tokenizer(caption, add_special_tokens=False).input_ids][: length - 1]
+    ids.append(tokenizer.eos_token_id)
+    return ids + [tokenizer.pad_token_id] * (length - len(ids))
+
+
+def as_sd_scripts_do(pipeline, caption, chunks):
+    """-> text (2 + 75 chunks, width), pooled; sd-scripts' SdxlTextEncodingStrategy, written again from what it does.
+
+    The one long stream of ids is cut every 75; each piece gets the stream's first and last id around it. Where tokens
+    are padded with another id than the end's, a piece that is full ends with the end, and one of padding alone begins
+    with it. Of the hidden states the first, 75 of each piece and the last are kept; pooled comes from the first piece.
+    """
+    hidden, eos = [], pipeline.tokenizer.eos_token_id
+    encoders = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+    for tokenizer, encoder in encoders:
+        ids, pad, pieces = stream(tokenizer, caption, 75 * chunks + 2), tokenizer.pad_token_id, []
+        for i in range(1, 75 * chunks, 75):
+            piece = [ids[0], *ids[i : i + 75], ids[-1]]
+            if pad != eos and piece[-2] not in (eos, pad):
+                piece[-1] = eos
+            if pad != eos and piece[1] == pad:
+                piece[1] = eos
+            pieces.append(piece)
+        with torch.no_grad():
+            out = encoder(torch.tensor(pieces), output_hidden_states=True)
+        flat = out.hidden_states[-2].flatten(0, 1)
+        kept = [0, *(77 * piece + j for piece in range(chunks) for j in range(1, 76)), 77 * chunks - 1]
+        hidden.append(flat[kept])
+    with torch.no_grad():
+        pooled = encoder.text_projection(out.last_hidden_state[0, pieces[0].index(eos)])
+    return torch.cat(hidden, dim=-1), pooled
+
+
+def of_tokens(tokenizer, count):
+    """A caption of so many tokens, which are not all alike."""
+    words = [word for word in tokenizer.get_vocab() if word.endswith("</w>") and word[:-4].isalpha()]
+    words = [word[:-4] for word in sorted(words) if len(tokenizer(word[:-4], add_special_tokens=False).input_ids) == 1]
+    caption = " ".join(words[i * 7 % len(words)] for i in range(count))
+    assert len(tokenizer(caption, add_special_tokens=False).input_ids) == count
+    return caption
+
+
+@pytest.mark.parametrize("length", [75, 150, 225])
+def test_long_captions_are_read_as_sd_scripts_read_them(length, pipeline):
+    """Around every edge of a chunk, where a start, an end or padding would go astray, and past the last one."""
+    assert pipeline.tokenizer.pad_token_id == pipeline.tokenizer.eos_token_id
+    assert pipeline.tokenizer_2.pad_token_id == 0 != pipeline.tokenizer_2.eos_token_id
+    described = TextEncoders(Model(str(PIPELINE)), "no", length)
+    texts, chunks = described.load(CPU), length // 75
+    counts = [0, 1, 74, 75, 76, 149, 150, 151, 224, 225, 226, 300]
+    captions = [of_tokens(pipeline.tokenizer, count) for count in counts]
+    text, pooled = texts(captions)
+    assert text.shape == (len(captions), *described.text_shape) and text.shape[1] == 2 + length
+    assert pooled.shape == (len(captions), *described.pooled_shape)
+    for i, caption in enumerate(captions):
+        wanted, wanted_pooled = as_sd_scripts_do(pipeline, caption, chunks)
+        torch.testing.assert_close(text[i], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pooled[i], wanted_pooled, rtol=1e-4, atol=1e-4)
+    assert [texts.truncated(caption) for caption in captions] == [count > length for count in counts]
+    assert chunks == 1 or (text[5, 76:] - text[4, 76:]).abs().max() > 0.01  # what follows 75 tokens is seen
+
+
+def test_another_length_has_keys_of_its_own_and_75_the_ones_it_had(model):
+    found = identities(Model(str(model)), Model(str(model)))
+    prints = [TextEncoders(Model(str(model)), "no", length).fingerprint(found) for length in (75, 150, 225)]
+    assert TextEncoders(Model(str(model)), "no").fingerprint(found) == prints[0] and prints[0].endswith("-no")
+    assert len(set(prints)) == 3
+
+
+def test_the_ids_of_75_tokens_are_the_tokenizers_own(pipeline):
+    """Bit for bit what a tokenizer makes of them by itself, so that no cache is another one than before."""
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        theirs = tokenizer(
+            CAPTIONS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        assert torch.equal(in_chunks(tokenizer, CAPTIONS, 1), theirs)
 
 
 def test_a_captions_embedding_does_not_depend_on_its_batch(texts):

@@ -14,10 +14,12 @@ from conftest import (
     PICTURES,
     PIPELINE,
     PRECOMPUTE,
+    TRAIN,
     Forked,
     caption_rows,
     content,
     edit_captions,
+    here,
     lines,
     precompute,
     when,
@@ -77,6 +79,33 @@ def test_text_is_the_captions(run):
     text, pooled = texts(captions)
     np.testing.assert_allclose(batch["text"], text, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(batch["pooled"], pooled, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("length", [150, 225])
+def test_longer_captions_go_through_the_whole_line(length, cached, source, tmp_path, capsys):
+    """precompute, train and infer agree on the length by the cache alone; what was encoded of 75 tokens stays."""
+    run, far = tmp_path / "run", "a red fox in the forest " * 20 + "at night"
+    shutil.copytree(cached, run)
+    before = rows_files(run)
+    edit_captions(source, lambda rows: [rows[0] | {"text": far}, *rows[1:]])
+    precompute(run, source, "--max_token_length", length)
+    said = capsys.readouterr().out
+    assert f" to encode: 1 caption changed, {PICTURES - 1} captions at another length, the uncond" in said
+    assert "longer than CLIP" not in said
+    after = rows_files(run)
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
+    cache = Cache(run / "cache")
+    texts = TextEncoders(Model(str(PIPELINE)), "no", length).load(torch.device("cpu"))
+    text = cache.batch([0], np.zeros(1, bool), np.zeros(1, bool))["text"]
+    assert text.shape[1] == 2 + length and cache.manifest["text_shape"] == [2 + length, text.shape[2]]
+    np.testing.assert_allclose(text, texts([far])[0], rtol=2e-3, atol=2e-3)
+    here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
+    here("infer", "--output_dir", run, "--prompt", far[: 4 * length], "--num_inference_steps", 1)
+    assert "longer than CLIP" not in capsys.readouterr().out
+    here("infer", "--output_dir", run, "--prompt", far * 3, "--num_inference_steps", 1)
+    assert f"what follows {length} tokens is not seen" in capsys.readouterr().out
+    precompute(run, source)  # and back: the one caption that was never encoded so
+    assert "1 of 8 rows encoded: 1 caption at another length; " in capsys.readouterr().out
 
 
 def test_one_picture_with_several_captions_is_several_rows(source, tmp_path, capsys):

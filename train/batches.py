@@ -32,7 +32,7 @@ class Batches:
     def draw(self, step, slot):
         """One micro-batch, on the CPU: pictures, a draw from their posteriors, noise, timesteps, dropped captions.
 
-        -> x0, eps (B, 4, h, w) fp32, t (B,), text (B, 77, 2048), pooled (B, 1280), time_ids (B, 6)
+        -> x0, eps (B, 4, h, w) fp32, t (B,), text (B, L, 2048), pooled (B, 1280), time_ids (B, 6)
         """
         settings, B = self.settings, self.settings.train_batch_size
         stream = partial(sampler.generator, settings.seed, step=step, slot=slot)

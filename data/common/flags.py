@@ -71,6 +71,7 @@ class Precompute:
     caption_variants: int | None = flag(
         None, "orders of each caption with --shuffle_caption, its own among them; default: 8", at_least=2, at_most=1000
     )
+    max_token_length: int = flag(75, "tokens that are read of a caption, in chunks of 75", choices=(75, 150, 225))
     max_train_samples: int | None = flag(None, "take only the first N rows", at_least=1, at_most=MOST)
     resolution: int = flag(
         1024,
