@@ -106,6 +106,20 @@ def test_values_arrive_with_their_types():
     assert infer.prompt == ("a cat", "two", "dogs")
 
 
+STEPS, EPOCHS = ("--max_train_steps", "7"), ("--num_train_epochs=3",)
+
+
+@pytest.mark.parametrize(
+    "words, steps, epochs",
+    [((), 500, None), (STEPS, 7, None), (EPOCHS, None, 3), (STEPS + EPOCHS, None, 3), (EPOCHS + STEPS, 7, None)]
+    + [(STEPS + EPOCHS + ("--max_train_steps", "9"), 9, None), (EPOCHS + STEPS + ("--num_train_epochs", "2"), None, 2)],
+)
+def test_of_steps_and_epochs_the_last_one_counts(words, steps, epochs):
+    """Presets have steps, and what a user adds comes behind them."""
+    train = parse("train", ["--output_dir", "x", *words])
+    assert (train.max_train_steps, train.num_train_epochs) == (steps, epochs)
+
+
 def test_one_name_has_one_meaning():
     """--seed in two commands is fine; the same name with another type would not be."""
     for name in {f.name for _, f in FLAGS}:

@@ -121,7 +121,7 @@ def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, t
     assert torch.equal(untouched.adapters.vector, before)
 
 
-FREE = {"output_dir", "cache_dir", "restart", "max_train_steps", "checkpointing_steps"}
+FREE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
 FREE |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
 
 

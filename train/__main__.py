@@ -15,6 +15,7 @@ def main(argv):
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
         from train import same_run
+        from train.epochs import in_steps
 
         cache = cache_folder(run, settings.cache_dir)
         with door.reading(cache):
@@ -25,6 +26,7 @@ def main(argv):
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
+                settings = in_steps(settings, cache, argv)
                 with lean("transformers"):
                     from train.loop import train
 

@@ -102,7 +102,13 @@ class Train:
     output_dir: str = flag(MISSING, "the run's folder: reads cache/, writes state/, metrics.jsonl and lora.safetensors")
     train_batch_size: int = flag(1, "images per micro-step", at_least=1, at_most=2**12)
     gradient_accumulation_steps: int = flag(4, "micro-steps per optimizer step", at_least=1, at_most=2**12)
-    max_train_steps: int = flag(500, "optimizer steps in all", at_least=1, at_most=MOST)
+    max_train_steps: int | None = flag(500, "optimizer steps in all", at_least=1, at_most=MOST)
+    num_train_epochs: int | None = flag(
+        None,
+        "epochs instead of steps; of both flags the last one on the command line counts",
+        at_least=1,
+        at_most=MOST,
+    )
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = flag("constant", "learning-rate schedule", choices=SCHEDULES)
     lr_warmup_steps: int = flag(0, "steps of linear warm-up (every schedule but constant)", at_least=0, at_most=MOST)
@@ -234,6 +240,17 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
 }
 
 
+ENDS = ("max_train_steps", "num_train_epochs")  # two ways to say how long a training is
+
+
+class _LastCounts(argparse.Action):
+    """Of the flags in ENDS the last one given counts, because presets have one of them already; the other is None."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        for name in ENDS:
+            setattr(namespace, name, value if name == self.dest else None)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the whole usage first, and the user needs the one line
         raise UserError(f"{message} (see --help)")
@@ -272,6 +289,7 @@ def _argument(f):
         type=kind,
         required=required,
         choices=f.metadata["choices"],
+        action=_LastCounts if f.name in ENDS else "store",
         help=f.metadata["meaning"].replace("%", "%%") + shown,
         **default,
     )
