@@ -1,6 +1,7 @@
 """The cache on disk: rows found by what they are made of, committed one by one, checked when read."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -310,6 +311,10 @@ def test_a_cache_that_was_written_before_pictures_could_repeat_is_the_same(cache
     precompute(run, pictures)
     assert "to encode: nothing changed; " in capsys.readouterr().out
     assert Cache(run / "cache").manifest["content"] == old.manifest["content"] == new.manifest["content"]
+    index, posteriors = new.index, new.posteriors[0].keys["key"]  # and that is the digest of what it always was of
+    parts = [new.captions.keys["key"][new.caption_rows], posteriors[index["picture"]], posteriors[index["mirrored"]]]
+    parts += [index[name] for name in ("captions", "time_ids", "held_out")]
+    assert hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest() == new.manifest["content"]
 
 
 # ---- Rows that are not the index's own

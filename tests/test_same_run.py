@@ -120,6 +120,22 @@ def test_the_rows_that_changed_are_counted():
     ]
 
 
+def test_what_changed_is_said_of_a_run_begun_before_pictures_could_repeat(fresh, source, log):
+    here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
+    with np.load(fresh / "rows.npz") as began:
+        index, names = began["index"], began["names"]
+    np.savez(fresh / "rows.npz", index=index[[n for n in INDEX.names if n != "repeats"]], names=names)
+    here("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 3)  # it goes on
+    (source / "3_more").mkdir()
+    shutil.move(source / "000.png", source / "3_more" / "000.png")
+    edit_captions(source, lambda rows: [dict(rows[0], file_name="3_more/000.png"), *rows[1:]])
+    precompute(fresh, source)
+    assert "1 row added, 1 row removed since it began" in refused(fresh, log)[1]
+    other = index.copy()
+    other["repeats"][3] = 2
+    assert changed_rows((index, names.tolist()), (other, names.tolist())) == ["1 row repeated otherwise"]
+
+
 def test_a_run_begun_before_runs_were_written_down_goes_on(run, tmp_path):
     """It has no run.json; its state alone says what it is."""
     folder = tmp_path / "run"

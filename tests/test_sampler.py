@@ -19,6 +19,14 @@ def test_every_position_and_stream_draws_its_own_numbers():
     assert len({draw(*p) for p in positions}) == len(positions)
 
 
+def test_a_later_stream_changes_no_earlier_one():
+    """A stream's number is in every draw: a new name before the old ones, and runs would go on with other noise."""
+    for i, stream in enumerate(("order", "noise", "timestep", "posterior", "dropout", "flip", "caption", "variant")):
+        state = np.random.SeedSequence([3, i, 5, 7]).generate_state(1, np.uint64)
+        wanted = torch.randn(4, generator=torch.Generator().manual_seed(int(state[0])))
+        assert draw(3, stream, 5, 7) == tuple(wanted.tolist())
+
+
 def test_draws_do_not_depend_on_what_was_drawn_before():
     """This makes a resumed run equal to one that was never stopped."""
     first = draw(1, "noise", 5, 2)
