@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, ROOT, TRAIN, command, content, edit_captions, here, precompute, settings
+from conftest import PICTURES, ROOT, TRAIN, command, content, edit_captions, here, precompute, settings, untitled
 
 from data.cache import Cache, read_manifest
 from data.captions import VARIANTS, orders, parts_of, prefixed, wording
@@ -291,7 +291,7 @@ def test_the_whole_line_with_orders_a_trigger_word_and_repeats_goes_on_exactly(t
         precompute(tmp_path / name, source, *flags)
         for steps in stops:
             here("train", "--output_dir", tmp_path / name, *TRAIN, "--max_train_steps", steps)
-    once, twice = ((tmp_path / name / "lora.safetensors").read_bytes() for name in ("once", "twice"))
+    once, twice = (untitled(tmp_path / name / "lora.safetensors") for name in ("once", "twice"))
     assert once == twice and read_manifest(tmp_path / "once" / "cache")["instance_prompt"] == "ohwx"
     wrong = command("data.precompute", "--output_dir", tmp_path / "x", "--pretrained_model_name_or_path", "y",
                     "--train_data_dir", source, "--keep_tokens", 1, code=2)  # fmt: skip
