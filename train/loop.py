@@ -42,7 +42,7 @@ def train(settings, folder):
     slots = settings.gradient_accumulation_steps
     images_per_step = slots * settings.train_batch_size
     if run.start >= settings.max_train_steps:
-        print(f"{folder}: finished, {run.start} steps are done; a larger --max_train_steps goes on")
+        print(f"{folder}: finished, {run.start} steps are done; more steps or epochs go on")
 
     announce.before(run)
     health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
