@@ -3,8 +3,9 @@
 PRESET ?= toy
 NAME   := $(basename $(notdir $(PRESET)))
 RUN    ?= runs/$(NAME)
-PYTHON ?= .venv/bin/python
+PYTHON ?= $(VENV)
 ARGS   ?=
+VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 export RUN CACHE PICTURES  # recipes read "$$RUN", because the shell does not split what it reads from a variable in quotes
 
 # ---- Presets: the flags of each command, what it needs before, what comes after.
@@ -111,17 +112,25 @@ clean:  ## remove .venv and the toy's run
 	rm -rf .venv runs/toy .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# ---- The packages: data/common/setup.py says what it does
+
 .PHONY: setup-dev
-ifeq ($(PYTHON),.venv/bin/python)
+setup setup-dev:
+	@$(PYTHON) -m data.common.setup fits
+
+ifeq ($(PYTHON),$(VENV))
+# Other programs' packages are found by these.
+unexport PYTHONPATH PYTHONHOME
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 endif
 
+PYTHON3 := $(if $(filter Windows_NT,$(OS)),python,python3)
+
 .venv/installed: requirements.txt constraints.txt
-	python3 -m venv .venv
-	$(PYTHON) -m pip install -r requirements.txt -c constraints.txt
-	touch $@
+	@$(PYTHON3) -m data.common.setup requirements.txt
+	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(PYTHON) -m pip install -r requirements-dev.txt -c constraints.txt
-	touch $@
+	@$(PYTHON3) -m data.common.setup requirements-dev.txt
+	@touch $@
