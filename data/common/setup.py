@@ -130,8 +130,7 @@ def tested_python(minor):
     if minor < OLDEST:
         raise UserError(
             f"python3 is 3.{minor}, too old, and no python3.{OLDEST} to python3.{NEWEST} is on PATH; install one "
-            "(Ubuntu 22.04: apt install python3.11 python3.11-venv; elsewhere: pip install uv && uv python install 3.12), "
-            "then make again"
+            "(Ubuntu 22.04: apt install python3.11 python3.11-venv; elsewhere: uv python install 3.12), then make again"
         )
     say(f"python3 is 3.{minor}, newer than 3.{OLDEST} to 3.{NEWEST}, which were tried and are not on PATH")
     return sys.executable
@@ -222,20 +221,23 @@ def parts(name):
     from importlib.metadata import PackageNotFoundError, distribution
 
     with open("constraints.txt") as file:
-        seen = {_plain(line.split("==")[0]) for line in file} - {name}
-    found, todo = set(), [name]
+        pinned = {_plain(line.split("==")[0]) for line in file} - {name}
+    found, seen, todo = set(), set(), [(name, "")]
     while todo:
-        name = _plain(todo.pop())
-        if name in seen:
+        wanted = todo.pop()  # a name and its extras: torch needs "cuda-toolkit[cublas,cudart]==13.0.2"
+        if wanted in seen or _plain(wanted[0]) in pinned:
             continue
-        seen.add(name)
+        seen.add(wanted)
         try:
-            package = distribution(name)
+            package = distribution(wanted[0])
         except PackageNotFoundError:  # pip installs it
             continue
         tops = {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}
         found |= {os.path.realpath(str(package.locate_file(top))) for top in tops}
-        todo += [re.match(r"[\w.-]+", line).group() for line in package.requires or () if "extra ==" not in line]
+        for line in package.requires or ():
+            extra = re.search(r"extra == .([\w.-]+)", line)
+            if not extra or extra.group(1) in wanted[1].split(","):
+                todo.append(re.match(r"([\w.-]+) *(?:\[(.*?)\])?", line).groups(""))
     return sorted(found)
 
 
@@ -288,6 +290,8 @@ def follow(output):
             network = f" (the network: {line.split('connection broken by')[-1].strip()})"
         elif line.startswith("ERROR:") and not error:
             error = line[len("ERROR:") :].strip()
+        elif error and re.match("The user requested|[^ ]+ [^ ]+ depends on", line):  # what is in conflict
+            error += f"; {line}"
     return count, fetched, error + network if error else ""
 
 
