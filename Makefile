@@ -63,7 +63,7 @@ help:  ## this list
 	@echo "CACHE=folder (default RUN/cache), for several runs on one cache; ARGS=\"more flags\" for one target;"
 	@echo "PYTHON=python3 uses packages that are installed already instead of a new .venv."
 
-setup:  ## .venv with the pinned packages; the other targets do it when it is not there
+setup:  ## .venv with the pinned packages, around a torch that is there; the other targets do it when it is not there
 precompute:  ## pictures and captions -> the cache; again: only what is new
 precompute: setup
 	$($(NAME).before)

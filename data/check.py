@@ -3,31 +3,10 @@
 `make check` runs it, and then the whole line on two pictures.
 """
 
-import importlib.metadata
 import sys
 from pathlib import Path
 
-from data.common import disk, errors, safe, system
-
-REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
-
-
-def packages():
-    """{name: version} of the packages that are needed. Raises UserError for one that is missing or was not tested."""
-    from packaging.requirements import Requirement
-
-    found = {}
-    for line in REQUIREMENTS.read_text().splitlines():
-        if not line or line.startswith("#"):
-            continue
-        needed, how = Requirement(line), "pip install -r requirements.txt -c constraints.txt"
-        try:
-            found[needed.name] = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            raise errors.UserError(f"the package {needed.name} is not installed; {how}") from None
-        if not needed.specifier.contains(found[needed.name].split("+")[0], prereleases=True):
-            raise errors.UserError(f"{needed.name} is {found[needed.name]}, tested is {needed.specifier}; {how}")
-    return found
+from data.common import disk, errors, safe, setup, system
 
 
 def device():
@@ -68,7 +47,7 @@ def gpu():
 
 def main(argv):
     folder = Path(argv[0] if argv else ".").absolute()
-    print("packages:", ", ".join(f"{name} {version}" for name, version in packages().items()))
+    print("packages:", ", ".join(f"{name} {version}" for name, version in setup.fits().items()))
     print(gpu())
     print(f"memory: {system.free_memory() / 2**30:.1f} GiB free")
     print(f"disk: {disk.free_space(folder) / 2**30:.1f} GiB free for {folder}", flush=True)

@@ -10,16 +10,17 @@ from conftest import command, here, settings
 from test_loop import TRAIN
 
 from data import check
+from data.common import setup
 from data.common.errors import MachineError, UserError
 
 CUDA = torch.device("cuda")
 
 
 def test_the_packages_here_are_those_that_were_tested():
-    assert {"torch", "diffusers", "bitsandbytes"} <= check.packages().keys()
+    assert {"torch", "diffusers", "bitsandbytes"} <= setup.fits().keys()
 
 
-VERSIONS = [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is <0.43,>=0.42.1")]
+VERSIONS = [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, tested is >=0.42.1,<0.43")]
 
 
 @pytest.mark.parametrize("version, message", VERSIONS)
@@ -35,7 +36,7 @@ def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version
 
     monkeypatch.setattr(importlib.metadata, "version", lookup)
     with pytest.raises(UserError, match=f"{message}.*pip install -r requirements.txt -c constraints.txt"):
-        check.packages()
+        setup.fits()
 
 
 def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):

@@ -70,7 +70,7 @@ def answer(python, code):
 def needs():
     """{name: ranges} of the lines of requirements.txt that hold on this platform, as {"torch": ">=2.11,<2.14"}."""
     found = {}
-    with open("requirements.txt") as file:
+    with open(os.path.join(os.path.dirname(__file__), "..", "..", "requirements.txt")) as file:
         for line in file:
             match = re.match(r'([\w.-]+)([<>=][^;\s]*)(?:; sys_platform == "(\w+)")?\s*$', line)
             if match and match.group(3) in (None, sys.platform):
@@ -93,16 +93,17 @@ def _numbers(version):
 
 
 def fits():
-    """Raise UserError, naming all of them, when packages of this Python are missing or none of the tested versions."""
+    """-> {name: version} of what is needed. Raises UserError naming all that is missing or was not tested."""
     if MINOR < OLDEST:
         raise UserError(f"{sys.executable} is Python 3.{MINOR}, which is too old; 3.{OLDEST} to 3.{NEWEST} were tried")
     from importlib.metadata import PackageNotFoundError, version
 
-    wrong = []
+    found, wrong = {}, []
     for name, ranges in needs().items():
         try:
-            if not within(version(name), ranges):
-                wrong.append(f"{name} is {version(name)}, tested is {ranges}")
+            found[name] = version(name)
+            if not within(found[name], ranges):
+                wrong.append(f"{name} is {found[name]}, tested is {ranges}")
         except PackageNotFoundError:
             wrong.append(f"{name} is not installed")
     if wrong:
@@ -110,6 +111,7 @@ def fits():
             f"{'; '.join(wrong)}: {sys.executable} -m pip install -r requirements.txt -c constraints.txt, or leave "
             "PYTHON= out and make builds .venv"
         )
+    return found
 
 
 # ---- The environment
