@@ -1,5 +1,6 @@
 """What a command imports, in a process of its own, because each import that nobody asked for costs seconds."""
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -55,3 +56,11 @@ def test_train_imports_what_it_uses(cached, tmp_path):
     modules = imported("train", *flags, "--use_8bit_adam")
     assert "bitsandbytes" in modules  # it is used, and was not hidden from the optimizer
     assert not modules & ({*UNUSED, *COMPILER, "transformers", "torchvision"} - {"bitsandbytes"})
+
+
+@pytest.mark.slow
+def test_compare_imports_what_it_uses(run, tmp_path):
+    """In two parts, diffusers first and transformers when the text encoders are loaded."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    flags = ("--output_dir", tmp_path / "run", "--prompt", "x", "--num_inference_steps", 1)
+    assert not imported("infer", *flags) & {*UNUSED, *COMPILER}

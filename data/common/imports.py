@@ -1,20 +1,26 @@
 """Imports that take no more than what is asked for."""
 
 import contextlib
+import functools
 import sys
 
 # What diffusers and transformers import wherever it is installed, and what no model here computes with. On a weak host
 # these are half of the seconds before anything begins.
-UNUSED = ("accelerate", "bitsandbytes", "peft", "scipy", "sklearn")
+UNUSED = ("accelerate", "bitsandbytes", "flash_attn", "gguf", "peft", "sageattention", "scipy", "sentencepiece")
+UNUSED += ("sklearn", "soundfile", "soxr", "torch_xla", "torchao", "torchaudio", "torchvision", "xformers")
 
 
 def lean(*more):
     """A context in which diffusers and transformers are imported without the packages UNUSED and `more`.
 
-    Where one of the two was imported before, it has seen them and is left as it is.
+    Where one of the two was imported before any of this, it has seen them and is left as it is.
     """
-    seen = {"diffusers", "transformers"} & sys.modules.keys()
-    return contextlib.nullcontext() if seen else without(*UNUSED, *more)
+    return without(*UNUSED, *more) if _in_time() else contextlib.nullcontext()
+
+
+@functools.cache
+def _in_time():
+    return not {"diffusers", "transformers"} & sys.modules.keys()
 
 
 @contextlib.contextmanager

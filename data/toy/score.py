@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
+
+from data.common.imports import lean
+
+with lean():
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from data.cache import cache_folder, read_index, read_manifest
 from data.common import disk, errors, safe
