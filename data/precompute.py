@@ -33,7 +33,7 @@ from data.dataset import open_examples
 from data.encoders import VAE, TextEncoders
 from data.encoding import Draft, Todo, encode_captions, encode_pictures
 from data.images import DECODER, without_pillows_limit
-from data.models.files import Model
+from data.models.files import Model, vae_model
 from data.models.identity import identities
 from data.survey import Skipped, changes, first_captions, key, missing, survey
 
@@ -104,10 +104,11 @@ def open_encoders(settings):
     told = settings.model_config, settings.prediction_type, settings.rescale_betas_zero_snr
     model = Model(settings.pretrained_model_name_or_path, settings.revision, variant, *told)
     vae_name = settings.pretrained_vae_model_name_or_path
-    vae_model = Model(vae_name, None, variant, settings.model_config or model.configs()) if vae_name else model
+    configs = settings.model_config or model.configs()
+    vae = vae_model(vae_name, variant, configs) if vae_name else model
     model.check()
     texts = TextEncoders(model, settings.mixed_precision, settings.max_token_length)
-    return texts, VAE(vae_model, settings.mixed_precision)
+    return texts, VAE(vae, settings.mixed_precision)
 
 
 def look(settings, folder, examples, texts, vae, pool, skipped):

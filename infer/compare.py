@@ -14,7 +14,7 @@ from data.common.disk import atomic_write
 from data.common.errors import UserError, one_line
 from data.common.words import many
 from data.encoders import CHUNK, TextEncoders
-from data.models.files import Model, load
+from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
@@ -30,6 +30,7 @@ def compare(settings, run):
     model, vae_model, resolution, unet_print = models(settings, run)
     weights.contents.check_width(model.component("unet").config()["cross_attention_dim"])
     warn_of_another_base(weights.contents, model, unet_print)
+    weights.contents.warn_of_another_prediction(model.component("scheduler").config()["prediction_type"])
     check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
@@ -102,7 +103,7 @@ def models(settings, run):
         model = vae = Model(settings.base_model, None, "fp16", *told)
     if settings.pretrained_vae_model_name_or_path:
         configs = settings.model_config or model.configs()
-        vae = Model(settings.pretrained_vae_model_name_or_path, None, "fp16", configs)
+        vae = vae_model(settings.pretrained_vae_model_name_or_path, "fp16", configs)
     return model, vae, resolution, found.get("unet")
 
 

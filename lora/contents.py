@@ -29,7 +29,7 @@ _BLOCKS = {  # diffusers' (i, j) -> SGM's flat numbering, for two layers per blo
     "up_blocks": lambda i, j: f"output_blocks.{3 * i + j}.1",
 }
 _TENSOR = re.compile(
-    r"(?:lora_unet_|unet\.|(?:model\.)?diffusion_model\.)?(?P<layer>.+?)"
+    r"(?:lora_unet_|unet\.|(?:model\.)?diffusion_model\.|base_model\.model\.)?(?P<layer>.+?)"
     r"(?:[._](?P<part>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up)(?:\.default)?\.weight|\.(?P<alpha>alpha))"
 )
 _LAYER = re.compile(  # the keys of attn-mlp in SDXL, with the attention's in the group
@@ -131,6 +131,18 @@ class Contents:
         """The base's name, a hub id or a folder's or file's own; None where the file does not say it."""
         return self.metadata.get("ss_sd_model_name")
 
+    @property
+    def prediction_type(self):
+        """epsilon or v_prediction, what its base predicted; None where the file does not say it."""
+        told = {"epsilon": "epsilon", "v": "v_prediction"}.get(self.metadata.get("modelspec.prediction_type"))
+        of_v = {"True": "v_prediction", "False": "epsilon"}.get(self.metadata.get("ss_v_parameterization"))
+        return told or of_v
+
+    def warn_of_another_prediction(self, predicted):
+        """Say it when it was trained on a base that predicts something else than `predicted`, the scheduler's field."""
+        if self.prediction_type not in (None, predicted):
+            print(f"warning: {self.path} is of a base that predicts {self.prediction_type}, this one {predicted}")
+
     def check_width(self, width):
         """Raise UserError when it was trained on another width of text than a base's, which is another architecture."""
         if self.text_width not in (None, width):
@@ -140,6 +152,8 @@ class Contents:
 def look(path):
     """-> Contents. Raises UserError when the file is no LoRA that can be loaded, in one line that says what it is."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name the .safetensors file in it")
     door.look_at(path, "file")
     try:
         tensors, metadata, alphas = _header(path)
@@ -159,7 +173,7 @@ def look(path):
     if foreign or not parts:
         can = "only SDXL's attention projections, or all layers of --lora_layers attn-mlp, can be loaded"
         raise UserError(f"{path}: {_told(parts, foreign)}; {can}")
-    default = _alpha_in(path, metadata)
+    default = _alpha_in(path, metadata, any(name.startswith("base_model.") for name in tensors))
     layers = {name: _layer(path, name, found, tensors, alphas, default) for name, found in parts.items()}
     dtypes = {tensors[name].dtype for layer in layers.values() for name in (layer.A, layer.B)}
     return Contents(path, layers, metadata, tuple(sorted(dtypes)))
@@ -185,15 +199,25 @@ def _number(facts, data):
     return struct.unpack(f"<{_NUMBERS[facts.dtype]}", data)[0] if facts.dtype in _NUMBERS else None
 
 
-def _alpha_in(path, metadata):
-    """The alpha of layers without one beside them, as diffusers writes it into the metadata; None means the rank."""
+def _alpha_in(path, metadata, by_peft):
+    """The alpha of layers without one beside them; None means the rank.
+
+    diffusers writes it into the metadata, and peft itself into an adapter_config.json next to the file.
+    """
+    names, beside = ("lora_alpha", "alpha_pattern", "use_rslora"), path.with_name("adapter_config.json")
     try:
-        facts = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        alpha, pattern, root = (facts.get(f"unet.{name}") for name in ("lora_alpha", "alpha_pattern", "use_rslora"))
+        if by_peft:
+            where, facts = str(beside), json.loads(beside.read_bytes())
+            alpha, pattern, root = (facts.get(name) for name in names)
+        else:
+            where, facts = f"{path}: its lora_adapter_metadata", json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            alpha, pattern, root = (facts.get(f"unet.{name}") for name in names)
+    except FileNotFoundError:
+        raise UserError(f"{path}: peft's keys, and no {beside.name} next to it, which has the alpha") from None
     except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path}: its lora_adapter_metadata is damaged") from None
+        raise UserError(f"{where} is damaged") from None
     if pattern or root or type(alpha) not in (int, float, type(None)):
-        raise UserError(f"{path}: its lora_adapter_metadata scales layers each in its own way, which is not read here")
+        raise UserError(f"{where} scales layers each in its own way, which is not read here")
     return alpha
 
 

@@ -561,3 +561,23 @@ def test_looking_at_a_file_imports_no_torch(file):
     code = "import sys; from lora.contents import look; look(sys.argv[1]); print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code, file[0]], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == "False\n", ended.stderr
+
+
+def test_pefts_own_file_takes_alpha_from_the_config_next_to_it(unet, _toy_unet, tmp_path):
+    """Without it the scale would be a guess."""
+    adapters = inject_filled(unet)
+    export(adapters, tmp_path / "ours.safetensors", Origin("x", "y", 64))
+    tensors = {}
+    for name, (A, B) in adapters.projections().items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.half().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.half().contiguous()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"peft's keys, and no adapter_config\.json next to it"):
+        look(tmp_path / "adapter_model.safetensors")
+    config = dict(r=adapters.rank, lora_alpha=adapters.alpha)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | dict(use_rslora=True)))
+    with pytest.raises(UserError, match=r"adapter_config\.json scales layers each in its own way"):
+        look(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ours, peft = (look(tmp_path / name) for name in ("ours.safetensors", "adapter_model.safetensors"))
+    assert peft.alpha == ours.alpha == adapters.alpha != adapters.rank and peft.layers.keys() == ours.layers.keys()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import TRAIN, here, inject_filled, lines
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data.common.errors import UserError
@@ -89,7 +90,7 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(fresh
     shutil.copy(start, fresh / "lora.safetensors")
     for path, message in (
         (tmp_path / "nothing", "nothing: no such file"),
-        (tmp_path, "not a file"),
+        (tmp_path, "a folder; name the .safetensors"),
         (fresh / "cache" / "manifest.json", "not a readable .safetensors"),
         (tmp_path / "wide.safetensors", "a LoRA for text of width 2048, the base here has 128"),
         (fresh / "lora.safetensors", "this run writes files beside it"),
@@ -97,3 +98,25 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(fresh
         with pytest.raises(UserError, match=message):
             train(fresh, "--network_weights", path)
     assert not (fresh / "run.json").exists() and not (fresh / "state").exists()
+
+
+@pytest.mark.parametrize("alpha", [2.3, 0.7])
+def test_an_alpha_that_fp32_or_fp16_rounds_is_the_same(alpha, fresh, start, tmp_path):
+    """Our own export, given with the flag that it was made with."""
+    for dtype in (torch.float32, torch.float16):
+        tensors = {
+            n: torch.tensor(alpha, dtype=dtype) if n.endswith("alpha") else t for n, t in load_file(start).items()
+        }
+        save_file(tensors, tmp_path / "rounded.safetensors")
+        train(fresh, "--network_weights", tmp_path / "rounded.safetensors", "--lora_alpha", alpha, "--restart", *STILL)
+
+
+def test_a_start_from_weights_of_another_prediction_is_said(fresh, start, tmp_path, capsys):
+    with safe_open(start, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(start), tmp_path / "v.safetensors", metadata | {"modelspec.prediction_type": "v"})
+    train(fresh, "--network_weights", tmp_path / "v.safetensors", *STILL)
+    warning = "v.safetensors is of a base that predicts v_prediction, this one epsilon"
+    assert warning in capsys.readouterr().out
+    train(fresh, "--network_weights", start, "--restart", *STILL)
+    assert "predicts v_prediction, this" not in capsys.readouterr().out

@@ -136,7 +136,7 @@ def setup(settings, folder):
     alpha_bar = diffusion.noise_schedule(scheduler)
 
     unet = load_unet(base, cache, dtype, device)
-    adapters = make_adapters(unet, settings, goes_on=state is not None)
+    adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
@@ -243,12 +243,14 @@ def load_unet(base, cache, dtype, device):
     return unet
 
 
-def make_adapters(unet, settings, goes_on):
+def make_adapters(unet, settings, prediction_type, goes_on):
     """The adapters, put into the UNet: new ones, or those of --network_weights where a new run starts from a file."""
     if not settings.network_weights or goes_on:  # a state replaces them
         alpha = settings.lora_alpha or settings.rank
         return inject(unet, settings.rank, alpha, settings.seed, settings.lora_layers)
-    adapters = files.load(unet, files.read(settings.network_weights), settings.seed)
+    weights = files.read(settings.network_weights)
+    weights.contents.warn_of_another_prediction(prediction_type)
+    adapters = files.load(unet, weights, settings.seed)
     of = f"rank {adapters.rank}, alpha {adapters.alpha:g}, --lora_layers {settings.lora_layers}"
     print(f"starts from {settings.network_weights}: {of}", flush=True)
     return adapters

@@ -181,7 +181,7 @@ COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
 
 
 def _is_file(name):
-    return name is not None and name.lower().endswith(".safetensors")
+    return name is not None and (name.lower().endswith(".safetensors") or os.path.isfile(name))
 
 
 USELESS = {  # flags that do nothing next to others: (whether it is so, what to say)

@@ -34,6 +34,16 @@ def dtype_name(mixed_precision):
     return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[mixed_precision]
 
 
+def vae_model(name, variant, configs):
+    """A VAE that is named next to a model. configs: for a file, the model whose VAE has the same config.
+
+    Raises UserError for a file without one.
+    """
+    if single.is_file(name) and "vae" not in single.components(name):
+        raise UserError(f"{name}: no VAE in it; name a file or folder that has one, or leave the flag out")
+    return Model(name, None, variant, configs)
+
+
 def torch_dtype(mixed_precision):
     """That dtype."""
     import torch
@@ -133,10 +143,12 @@ class Model:
             return described
         if name in there:
             return replace(described, single=Path(self.name))
-        if self.config:
-            return Model(self.config, None, self.variant).component(name)
+        others = Model(self.config, None, self.variant) if self.config else None
+        if others and not (others.is_local() and not _weights_of(Path(self.config) / name)):
+            return others.component(name)
+        nor = f", nor in {self.config}" if others else ""
         flag = FLAGS.get(name, "--model_config")
-        raise UserError(f"{self.name}: no {name} in it; name a model that has one with {flag}")
+        raise UserError(f"{self.name}: no {name} in it{nor}; name a model that has one with {flag}")
 
     def schedule(self):
         """What the UNet predicts and how its noise ends, and who says so, in words."""
@@ -220,6 +232,8 @@ class Model:
         name = self.configs()
         if Path(name).is_dir():
             return Path(name)
+        if Path(name).is_file():
+            raise UserError(f"--model_config {name}: a file; a folder in diffusers' layout or a hub id is needed")
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
 
@@ -228,7 +242,8 @@ class Model:
         try:
             return Path(snapshot_download(name, revision=self.revision, allow_patterns=small + patterns))
         except HFValidationError:
-            raise UserError(f"{name}: neither a folder nor a file here, nor a hub id like {SDXL}") from None
+            way = self._way_out()
+            raise UserError(f"{name}: neither a folder nor a file here, nor a hub id like {SDXL}{way}") from None
         except OSError as error:  # huggingface_hub's errors about networks, permissions and being offline all are one
             if error.errno in DISK_ERRORS:
                 raise
@@ -282,6 +297,11 @@ def _patterns(folder, variant, stem):
     """Patterns of weight files: one file `stem.fp16.safetensors`, or shards `stem.fp16-00001-of-00002.safetensors`."""
     suffix = f".{variant}" if variant else ""
     return [folder / f"{stem}{suffix}{shard}.safetensors" for shard in ("", "-*-of-*")]
+
+
+def _weights_of(folder):
+    """The files of weights in a component's folder, of any variant."""
+    return [file for stem in set(STEMS.values()) for file in folder.glob(f"{stem}*.safetensors")]
 
 
 def _weights(folder, variant):

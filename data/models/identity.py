@@ -79,7 +79,8 @@ def check_unchanged(there, model, vae_model, advice):
         now = identity(component, then)
         for what, words in (("config", "another config"), ("content", "other content")):
             if now[what] != then[what]:
-                raise UserError(f"{component.folder}: this {name} has {words} than before; {advice}")
+                where = component.folder if str(component.folder).startswith(source.name) else source.name
+                raise UserError(f"{where}: this {name} has {words} than before; {advice}")
     return {name: fingerprint(then) for name, then in there.items()}
 
 

@@ -6,6 +6,7 @@ those are another model's (files.Model).
 
 import functools
 import os
+import re
 
 from data.common.disk import naming
 from data.common.errors import UserError
@@ -22,7 +23,10 @@ PREFIXES = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 IN_CHANNELS = "model.diffusion_model.input_blocks.0.0.weight"
+SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+LORA = re.compile(r"^lora_|[._]lora[._]|lora_(up|down|A|B)\b")
 # Names that only files of another kind have, and what those are. A name that ends with a dot begins such names.
+_BARE = "a UNet without the rest, in ComfyUI's names; take the whole checkpoint"
 OTHERS = {
     "edm_mean": "an EDM model, which noises in another way",
     "edm_vpred.sigma_max": "an EDM model, which noises in another way",
@@ -33,8 +37,8 @@ OTHERS = {
     "double_blocks.": "a Flux model",
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model",
     "control_model.": "a ControlNet",
-    "lora_unet_": "a LoRA",
-    "lora_te1_": "a LoRA",
+    "diffusion_model.": _BARE,
+    "input_blocks.": _BARE,
     "unet.": "weights in diffusers' names; put them into folders as diffusers has them, or give the folder",
     "down_blocks.": "a UNet in diffusers' names; put it into a folder unet/ next to the other parts",
 }
@@ -42,8 +46,12 @@ OTHERS = {
 
 def is_file(name):
     """Whether a model's name means one file, and not a folder or a hub id. Raises UserError for a pickle."""
+    if "://" in name:
+        raise UserError(f"{name}: an address; download the file first, and name it here")
     if name.lower().endswith(PICKLES) and (os.path.exists(name) or not _could_be_on_the_hub(name)):
         raise UserError(f"{name}: a pickle, which may run anything; convert it to {SUFFIX}")
+    if not name.lower().endswith(SUFFIX) and os.path.isfile(name):
+        raise UserError(f"{name}: not a {SUFFIX} file; a folder in diffusers' layout or such a file is needed")
     return name.lower().endswith(SUFFIX) and not os.path.isdir(name)
 
 
@@ -138,9 +146,13 @@ def _header(path, *_):
 def _facts(path, *seen):
     """{component: its tensors' facts} of a file that can be used."""
     header, found = _header(path, *seen), {}
+    if shard := SHARD.search(path):
+        raise UserError(f"{path}: one of {int(shard[1])} shards; give the folder that they lie in, or a whole file")
+    if any(map(LORA.search, header)):
+        raise UserError(f"{path}: a LoRA; an SDXL model is needed")
     for name, what in OTHERS.items():
-        if name in header or name[-1] in "._" and any(key.startswith(name) for key in header):
-            raise UserError(f"{path}: {what}, not an SDXL model")
+        if name in header or name[-1] == "." and any(key.startswith(name) for key in header):
+            raise UserError(f"{path}: {what}" + ("" if ";" in what else "; an SDXL model is needed"))
     for name, prefix in PREFIXES.items():
         prefix = _vae_prefix(header) if name == "vae" else prefix
         facts = {key: fact for key, fact in header.items() if prefix is not None and key.startswith(prefix)}

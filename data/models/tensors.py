@@ -29,6 +29,8 @@ def header(path):
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
+        if not size:
+            raise ValueError("empty")
         length = int.from_bytes(file.read(8), "little")
         if length > min(size, LONGEST):
             raise ValueError("cut off, or no safetensors file")
