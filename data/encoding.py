@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.buckets import resize_and_crop
 from data.cache import Rows
@@ -19,6 +18,7 @@ from data.common.words import many, shortened
 from data.dataset import Examples
 from data.encoders import VAE, TextEncoders
 from data.images import read_rgb
+from data.progress import progress
 from data.survey import EXAMPLES_AHEAD, image_digest
 
 CAPTIONS_AT_ONCE = 64
@@ -89,7 +89,7 @@ def encode_captions(draft, todo, device, stop):
     if todo.unconditional:
         draft.captions.write(1, unconditional(draft, texts))
     if len(todo.captions):
-        with tqdm(total=len(todo.captions), unit="caption", desc="captions") as bar:
+        with progress("captions", "caption", len(todo.captions)) as bar:
             embeddings = captions_in_batches(draft, texts, todo.captions, stop, long)
             draft.captions.write(len(todo.captions), embeddings, bar.update)
     stop_if_asked(stop)
@@ -107,7 +107,7 @@ def encode_pictures(draft, todo, device, stop, pool, failed):
     if not todo.images():
         return
     vae = draft.vae.load(device)
-    with tqdm(total=todo.images(), unit="image", desc="pictures") as bar:
+    with progress("pictures", "image", todo.images()) as bar:
         for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
             pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
             encoded = posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar)

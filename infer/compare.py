@@ -6,7 +6,6 @@ import time
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from tqdm import tqdm
 
 from data import check
 from data.cache import cache_folder, read_manifest
@@ -16,6 +15,7 @@ from data.common.words import many
 from data.encoders import CHUNK, TextEncoders
 from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
+from data.progress import progress
 from infer.grid import grid
 from infer.sample import make_pipeline, noise, sample
 from lora import files
@@ -52,7 +52,7 @@ def compare(settings, run):
     for name in ("report.json", "grid.png"):  # they tell of pictures that are drawn anew now
         (folder / name).unlink(missing_ok=True)
     pictures, seconds = {"base": [], "LoRA": []}, []
-    with tqdm(total=2 * len(settings.prompt), unit="picture", desc="compare") as bar:
+    with progress("compare", "picture", 2 * len(settings.prompt)) as bar:
         for i, (prompt, embedded) in enumerate(zip(settings.prompt, embeddings)):
             start = noise(settings.seed, prompt, shape)
             for label, name, scale in (("base", "baseline", 0.0), ("LoRA", "finetuned", settings.lora_scale)):

@@ -79,7 +79,7 @@ def test_the_output_says_what_was_done(run):
     what = f"{PICTURES} captions new, {PICTURES} images new"
     for done in ("to encode", "encoded"):
         assert f"{PICTURES} of {PICTURES} rows {done}: {what}; " in run.precompute
-    assert f"{STEPS}/{STEPS}" in run.train and "loss=" in run.train
+    assert f"train: {STEPS} of {STEPS} steps, loss " in run.train
     assert str(run.folder / "compare" / "grid.png") in run.infer
 
 

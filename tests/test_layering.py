@@ -19,9 +19,19 @@ MAY = {  # a folder, or one file of it, and what it may import; the longest name
         "data.cache",
         "data.sampler",
         "data.check",
+        "data.progress",
         "infer.sample",
     },
-    "infer": {"infer", "lora", "data.common", "data.models", "data.cache", "data.check", "data.encoders"},
+    "infer": {
+        "infer",
+        "lora",
+        "data.common",
+        "data.models",
+        "data.cache",
+        "data.check",
+        "data.encoders",
+        "data.progress",
+    },
     "infer/sample.py": {"data.common", "data.models"},  # the trainer imports it
 }
 PACKAGES = {"lora", "data", "train", "infer"}

@@ -2,7 +2,7 @@
 
 import shlex
 
-from data.common.words import many
+from data.common.words import duration, many
 from train.state import bytes_to_save
 
 
@@ -39,9 +39,8 @@ def stopped(run, done):
 
 def after(run, seconds):
     """What is there now, and the next command."""
-    took = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else many(round(seconds), "second")
-    folder = shlex.quote(str(run.folder))
-    print(f'{run.folder / "lora.safetensors"} after {took}; next: python -m infer --output_dir {folder} --prompt "…"')
+    weights, folder = run.folder / "lora.safetensors", shlex.quote(str(run.folder))
+    print(f'{weights} after {duration(seconds)}; next: python -m infer --output_dir {folder} --prompt "…"')
 
 
 def mib(size):

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, one JSON object per optimizer step, and the progress bar."""
+"""RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import resource
 import time
 
 import torch
-from tqdm import tqdm
 
 from data.common.disk import atomic_write, naming
+from data.progress import progress
 
 
 class Metrics:
@@ -22,7 +22,7 @@ class Metrics:
             with atomic_write(path, "w") as file:
                 file.writelines(line for line in lines if _step(line) <= step)
         self.file = open(path, "a")
-        self.bar = tqdm(total=steps, initial=step, unit="step", desc="train")
+        self.bar = progress("train", "step", steps, done=step)
         self.began = self.time = time.perf_counter()
         self.logged, self.steps = 0, steps
 
@@ -38,7 +38,7 @@ class Metrics:
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "s_per_step", "images_per_s", "peak_gib")}
+        shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "images_per_s", "peak_gib")}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         self.logged += 1

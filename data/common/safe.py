@@ -29,6 +29,8 @@ def run(main, argv):
     system.share_the_cores()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with streams.that_cannot_fail() as stderr:
+        if not sys.stderr.isatty():  # the libraries' own bars, such as the hub's of a download
+            os.environ.setdefault("TQDM_MININTERVAL", "10")
         before = {signum: signal.signal(signum, partial(_leave, stderr)) for signum in stopping()}
         try:
             main(argv)
