@@ -3,8 +3,6 @@
 import sys
 import time
 
-from tqdm import tqdm
-
 from data.common.words import duration, many
 
 SECONDS = 10  # between two lines; data/common/safe.py tells the libraries' bars the same
@@ -14,6 +12,8 @@ def progress(name, unit, total, done=0):
     """-> a context manager, tqdm's bar or Lines, of work whose `total` units are `done` in part."""
     if not sys.stderr.isatty():
         return Lines(name, unit, total, done)
+    from tqdm import tqdm  # not sooner: what data/common/safe.py tells tqdm is read at its import
+
     return tqdm(desc=name, unit=unit, total=total, initial=done)
 
 
