@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 
 import pytest
 from conftest import PIPELINE, ROOT, TOKEN, lines
@@ -106,7 +107,7 @@ def colab(tmp_path, monkeypatch):
 
 def train(run, step, every=10):
     """The files that a training which is at `step` has, in the order in which it writes them."""
-    (run / "state").mkdir(exist_ok=True)
+    (run / "state").mkdir(parents=True, exist_ok=True)
     for name in ("run.json", "rows.npz"):
         (run / name).write_text(name)
     (run / "metrics.jsonl").write_text("".join(f"{i + 1}\n" for i in range(step)))
@@ -227,7 +228,8 @@ def test_kaggles_run_is_in_its_output_and_goes_on_from_an_earlier_one(tmp_path, 
     train(names["RUN"], 30), names["keep"]()
     before = content(names["RUN"])
     assert before and not content(kaggle.drive)
-    (tmp_path / "kaggle" / "working" / "cats").rename(tmp_path / "kaggle" / "input" / "cats")
+    train(tmp_path / "kaggle" / "input" / "a" / "cats", 10), train(tmp_path / "kaggle" / "input" / "c" / "cats", 20)
+    shutil.move(names["RUN"], tmp_path / "kaggle" / "input" / "b" / "cats")
     assert content(set_up(kaggle, name="cats")["RUN"]) == before
     assert not (tmp_path / "kaggle" / "working" / "barelora").exists()  # thousands of files of no use to anybody
 
@@ -259,6 +261,8 @@ def test_pictures_come_as_people_have_them(form, colab, pictures):
     else:
         root = pictures.parent if form == "nested" else pictures
         shutil.make_archive(colab.drive / "mine", "zip", root, "pictures" if form == "nested" else None)
+        with zipfile.ZipFile(colab.drive / "mine.zip", "a") as file:
+            file.writestr("__MACOSX/pictures/._metadata.jsonl", b"\0")
     names, calls = set_up(colab, pictures="mine" if form == "folder" else "mine.zip", trigger_word="ink style"), []
     names["run"] = lambda *words: calls.append([str(word) for word in words])
     exec(CELLS["precompute"], names)
@@ -281,6 +285,40 @@ def test_a_base_on_drive_is_copied_and_one_of_the_hub_is_not(colab):
 
 
 # ---- All of it
+
+
+WORK = """
+import time
+from data.common.safe import Signals
+stop = Signals()
+print("training", flush=True)
+while not stop.received:
+    time.sleep(0.01)
+print("saved")
+raise SystemExit(130)
+"""
+
+
+def test_the_stop_button_lets_a_command_save(colab):
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    begun = colab.folder / "begun"
+    sources = colab.sources()
+    work = f"open({str(begun)!r}, 'w')\nrun(PYTHON, '-c', {WORK!r})"
+    cells = [nbformat.v4.new_code_cell(source) for source in (sources["form"], sources["set-up"], work)]
+    client = NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=60, kernel_name="python3")
+
+    def press():
+        while not begun.exists() or "training" not in str(cells[2].outputs):
+            time.sleep(0.01)
+        os.killpg(client.km.provisioner.pid, signal.SIGINT)  # as Jupyter does it
+
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(CellExecutionError, match="Stopped: what was done is kept, Run all goes on from there"):
+        client.execute()
+    assert "saved" in str(cells[2].outputs)
 
 
 def run_all(machine, until=None, **values):
