@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -228,9 +229,11 @@ def test_kaggles_run_is_in_its_output_and_goes_on_from_an_earlier_one(tmp_path, 
     train(names["RUN"], 30), names["keep"]()
     before = content(names["RUN"])
     assert before and not content(kaggle.drive)
-    train(tmp_path / "kaggle" / "input" / "a" / "cats", 10), train(tmp_path / "kaggle" / "input" / "c" / "cats", 20)
-    shutil.move(names["RUN"], tmp_path / "kaggle" / "input" / "b" / "cats")
-    assert content(set_up(kaggle, name="cats")["RUN"]) == before
+    shutil.rmtree(names["RUN"])
+    for newest in "abc":  # of several versions' outputs the one that is furthest
+        for version in "abc":
+            train(tmp_path / "kaggle" / "input" / version / f"cats {newest}", 30 if version == newest else 20)
+        assert content(set_up(kaggle, name=f"cats {newest}")["RUN"]) == before
     assert not (tmp_path / "kaggle" / "working" / "barelora").exists()  # thousands of files of no use to anybody
 
 
@@ -251,6 +254,17 @@ def test_what_cannot_go_on_says_so_in_one_line(values, broken, line, colab, monk
         set_up(colab, **values)
     (shown,) = stop.value._render_traceback_()  # IPython's way to ask for what it shows
     assert shown.startswith("Stopped: ") and "\n" not in shown
+
+
+def test_the_code_is_fetched_once(colab, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "Makefile").write_text("setup:\n\t@echo $(PYTHON) >> installed\n")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "code"]):
+        subprocess.run(["git", *words], cwd=tmp_path / "code", check=True)
+    (colab.work / "barelora").unlink()
+    for times in (1, 2):
+        project = set_up(colab, repository=str(tmp_path / "code"))["PROJECT"]
+        assert (project / "installed").read_text() == f"{sys.executable}\n" * times
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "nested"])
