@@ -142,6 +142,10 @@ def test_what_another_machine_needs_is_on_drive_after_each_save(colab, capsys):
     before = content(kept)
     assert before["lora.safetensors"] == b"done" and len(before) == 8
 
+    names = set_up(colab, name="cats")  # the same machine, run again: what was removed on Drive is not copied again
+    capsys.readouterr(), names["keep"]()
+    assert "lora-000010" not in capsys.readouterr().out and content(kept) == before
+
     colab.renew()
     names = set_up(colab, name="cats")
     assert content(names["RUN"]) == before
