@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.common import fields
+from data.common import fields, system
 from data.common.ahead import ahead
 from data.common.disk import atomic_write, claim, naming, sha256_file
 from data.common.errors import MachineError, UserError
@@ -106,7 +106,7 @@ class Rows:
         self._file, self.map = None, np.empty((0, *self.shape), np.float16)
         if whole:
             with open(self.path, "rb") as file:
-                self._file = mmap.mmap(file.fileno(), whole * self.row_bytes, prot=mmap.PROT_READ)
+                self._file = mmap.mmap(file.fileno(), whole * self.row_bytes, access=mmap.ACCESS_READ)
             self.map = np.frombuffer(self._file, np.float16).reshape(whole, *self.shape)
         self._order = None
 
@@ -115,7 +115,7 @@ class Rows:
 
     def room(self, count):
         """Bytes that `count` more rows take on the disk, besides those that a killed writer has claimed already."""
-        claimed = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        claimed = system.taken(self.path.stat()) if self.path.exists() else 0
         return max(0, (len(self) + count) * self.row_bytes - claimed)
 
     def find(self, keys):
@@ -136,7 +136,7 @@ class Rows:
     def read(self, indices):
         """A copy of the rows at `indices`, stacked. Their pages go back to the system, so that memory does not grow."""
         rows = np.stack([self[index] for index in indices])
-        self._file.madvise(mmap.MADV_DONTNEED)
+        system.give_back(self._file)
         return rows
 
     def good(self, index):
@@ -217,16 +217,16 @@ class _Writer:
             return
         self.fine, count = False, len(waiting)
         self.data.flush()
-        os.fdatasync(self.data.fileno())
+        system.sync_data(self.data.fileno())
         with naming(self.rows.keys_path):
             repaired = [place for place in waiting if place < len(self.rows)]
             for place in repaired:
-                os.pwrite(keys_file, waiting.pop(place), place * KEY.itemsize)
+                system.write_at(keys_file, waiting.pop(place), place * KEY.itemsize)
             new, at = b"".join(waiting.values()), min(waiting, default=0) * KEY.itemsize
-            if os.pwrite(keys_file, new, at) < len(new):  # a disk that fills up takes what still fits
+            if system.write_at(keys_file, new, at) < len(new):  # a disk that fills up takes what still fits
                 os.ftruncate(keys_file, at)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fdatasync(keys_file)
+            system.sync_data(keys_file)
         waiting.clear()
         self.committed, self.fine = time.monotonic(), True
         self.stored(count)
@@ -420,8 +420,9 @@ class Cache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.index = with_repeats(np.load(_whole(folder, self.manifest, "index.npy"), mmap_mode="r"))
-        self.caption_rows = np.load(_whole(folder, self.manifest, "captions.npy"), mmap_mode="r")
+        # In memory, some 100 bytes an example, because Windows does not let a precompute replace a file that is mapped.
+        self.index = with_repeats(np.load(_whole(folder, self.manifest, "index.npy")))
+        self.caption_rows = np.load(_whole(folder, self.manifest, "captions.npy"))
         self.buckets, self.text_shape = self.manifest["buckets"], self.manifest["text_shape"]
         self.text_size = math.prod(self.text_shape)
         self.captions, self.posteriors = _rows(folder, self.manifest)

@@ -13,6 +13,7 @@ import pytest
 from conftest import caption_rows, change_cache, edit_captions, precompute
 
 from data.cache import INDEX, KEY, Cache, Rows, _checksum, read_manifest
+from data.common import system
 from data.common.errors import MachineError, UserError
 
 SHAPE = (3, 5)
@@ -175,8 +176,8 @@ def test_bytes_are_on_disk_before_their_keys(tmp_path, monkeypatch):
 
 def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
     """Or a kill could part a batch, and the rest of it, encoded alone, would be rounded otherwise."""
-    sizes, real = [], os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (sizes.append(len(data)), real(fd, data, at))[1])
+    sizes, real = [], system.write_at
+    monkeypatch.setattr(system, "write_at", lambda fd, data, at: (sizes.append(len(data)), real(fd, data, at))[1])
     rows(tmp_path).write(5, iter([batch_of([1, 2]), batch_of([3, 4, 5])]))
     assert sizes == [5 * KEY.itemsize]
     assert [position(rows(tmp_path), n) for n in range(1, 6)] == [0, 1, 2, 3, 4]
@@ -184,9 +185,9 @@ def test_the_keys_of_a_commit_are_written_in_one_call(tmp_path, monkeypatch):
 
 def test_keys_that_fit_in_part_are_taken_back_and_said(tmp_path, monkeypatch):
     """A write on a full disk takes what fits and says how much; unheard, half a batch would count and half be lost."""
-    real = os.pwrite
+    real = system.write_at
     rows(tmp_path).write(2, iter([batch_of([1, 2])]))
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: len(data) // 2], at))
+    monkeypatch.setattr(system, "write_at", lambda fd, data, at: real(fd, data[: len(data) // 2], at))
     with pytest.raises(OSError, match="No space left on device.*things.keys"):
         rows(tmp_path).write(3, iter([batch_of([3, 4, 5])]))
     monkeypatch.undo()

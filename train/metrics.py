@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import resource
 import time
 
 import torch
 
+from data.common import system
 from data.common.disk import atomic_write, naming
 from data.progress import progress
 
@@ -21,7 +21,7 @@ class Metrics:
             lines = path.read_text(errors="replace").splitlines(keepends=True)
             with atomic_write(path, "w") as file:
                 file.writelines(line for line in lines if _step(line) <= step)
-        self.file = open(path, "a")
+        self.file = open(path, "a", encoding="utf-8", newline="\n")
         self.bar = progress("train", "step", steps, done=step)
         self.began = self.time = time.perf_counter()
         self.logged, self.steps = 0, steps
@@ -76,4 +76,4 @@ def peak_gib(device):
     """The most memory held so far, GiB: what torch reserved on the GPU, or without one what the process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return system.peak_memory() / 2**30

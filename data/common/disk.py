@@ -8,6 +8,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+from data.common import system
 from data.common.errors import MachineError, UserError, printable
 
 UNFINISHED = ".unfinished"  # a temporary file is .NAME.xxxxxxxx.unfinished
@@ -77,13 +78,14 @@ def atomic_write(path, mode="wb"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}")
-    encoding = None if "b" in mode else "utf-8"
-    with naming(path), open(unfinished, mode.replace("w", "x"), encoding=encoding) as file:
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
+    with naming(path):
         try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            with open(unfinished, mode.replace("w", "x"), **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            system.replace(unfinished, path)  # closed before, because Windows renames no open file
         except BaseException:
             with contextlib.suppress(OSError):  # on a disk that fails this fails too, and the first error counts
                 os.unlink(unfinished)
@@ -93,16 +95,13 @@ def atomic_write(path, mode="wb"):
 
 def sync_folder(folder):
     """Make the names in `folder` durable, because without it a power cut can undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        system.sync_folder(folder)
     except OSError as error:
         if error.errno not in {*NOT_OFFERED, errno.EBADF}:
             error.filename = str(folder)
             raise
         warnings.warn(f"{folder}: its disk does not sync folders; a power cut may undo the last save", stacklevel=2)
-    finally:
-        os.close(descriptor)
 
 
 def claim(file, size):
@@ -113,12 +112,12 @@ def claim(file, size):
     """
     folder = Path(file.name).parent
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        system.set_aside(file, size)
     except OSError as error:
         if error.errno not in NOT_OFFERED:
             raise MachineError(f"{file.name}: {error.strerror}; {size / 2**20:.0f} MiB are needed") from error
         warnings.warn(f"{folder}: its disk cannot set room aside for a file; keep enough of it free", stacklevel=2)
-        need_space(folder, size - os.fstat(file.fileno()).st_blocks * 512, file.name)
+        need_space(folder, size - system.taken(os.fstat(file.fileno())), file.name)
 
 
 def check_readable(path):

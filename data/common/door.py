@@ -23,7 +23,7 @@ def hold(folder, flag, parts=(), lock_file=".lock"):
     folder = can_be_written(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / lock_file, "a")
+        file = open(folder / lock_file, "ab")
     except OSError as error:
         kind = MachineError if error.errno in DISK_ERRORS else UserError
         raise kind(f"{flag} {folder}: not a folder that can be written ({error.strerror})") from error
@@ -92,7 +92,7 @@ def reading(cache):
     Raises UserError when a precompute changes it now.
     """
     with contextlib.ExitStack() as held:
-        for mode in ("a", "r"):  # a disk that cannot be written may still have the lock's file
+        for mode in ("ab", "rb"):  # a disk that cannot be written may still have the lock's file
             try:
                 file = held.enter_context(open(Path(cache) / ".lock", mode))
             except OSError:
@@ -109,7 +109,7 @@ def changing(cache, harmless):
 
     harmless(): whether those rows stay as they are; asked where there are readers, which then go on.
     """
-    with open(Path(cache) / ".lock", "a") as file:
+    with open(Path(cache) / ".lock", "ab") as file:
         if not lock(file, cache) and not harmless():
             raise UserError(
                 f"{cache}: {_processes(file.name)} reading this cache, and rows that they read would change; "

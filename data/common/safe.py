@@ -13,7 +13,6 @@ from data.common import streams, system
 from data.common.disk import in_words
 from data.common.errors import UserError, one_line, out_of_memory
 
-HANGUP = "SIGHUP"  # which Windows does not have
 LIBRARIES = ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB")
 OUT_OF_MEMORY = {
     "GPU": "training needs less with a smaller --vram_gib, --train_batch_size or --rank, the other commands with "
@@ -61,9 +60,10 @@ def _report(stderr, message, code):
 
 
 def stopping():
-    """The signals that stop a command. SIGHUP, which a terminal sends when it closes, unless nohup ignores it."""
-    signals = [signum for signum in signal.Signals if signum.name in ("SIGINT", "SIGTERM", HANGUP)]
-    return [signum for signum in signals if signum.name != HANGUP or signal.getsignal(signum) is not signal.SIG_IGN]
+    """The signals that stop a command. What a terminal sends when it closes is one, unless nohup ignores it."""
+    asked = [signum for signum in signal.Signals if signum.name in ("SIGINT", "SIGTERM")]
+    hangups = [signum for signum in signal.Signals if signum.name in system.HANGUPS]
+    return asked + [signum for signum in hangups if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def _leave(stderr, signum, _frame):
@@ -76,7 +76,7 @@ def _leave(stderr, signum, _frame):
 
 
 def _as_sigterm(signum):
-    return signal.SIGTERM if signal.Signals(signum).name == HANGUP else signum
+    return signal.SIGTERM if signal.Signals(signum).name in system.HANGUPS else signum
 
 
 class Signals:

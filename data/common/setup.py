@@ -72,8 +72,8 @@ def needs():
     found = {}
     with open(os.path.join(os.path.dirname(__file__), "..", "..", "requirements.txt")) as file:
         for line in file:
-            match = re.match(r'([\w.-]+)([<>=][^;\s]*)(?:; sys_platform == "(\w+)")?\s*$', line)
-            if match and match.group(3) in (None, sys.platform):
+            match = re.match(r'([\w.-]+)([<>=][^;\s]*)(?:; sys_platform ([!=]=) "(\w+)")?\s*$', line)
+            if match and (not match.group(3) or (match.group(4) == sys.platform) == (match.group(3) == "==")):
                 found[match.group(1)] = match.group(2)
     return found
 

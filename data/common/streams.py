@@ -7,6 +7,7 @@ import select
 import sys
 import warnings
 
+from data.common import system
 from data.common.errors import one_line
 
 PATIENCE = 10  # seconds that a reader may take nothing, as a pager does, before lines are dropped until he reads again
@@ -58,7 +59,7 @@ def that_cannot_fail():
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(
             io.BufferedWriter(output),
-            encoding=stream.encoding if stream else "utf-8",
+            encoding=system.encoding(stream, output.fileno()),
             errors="backslashreplace",
             line_buffering=True,
         )
