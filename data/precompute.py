@@ -58,6 +58,7 @@ def main(argv):
 
 def precompute(settings, folder, pool):
     """Bring the cache in `folder` to what the settings ask for: see what is missing, say so, encode it, commit."""
+    device = compute_on(settings) if may_download(settings, folder) else None
     skipped, failed = Skipped(settings.skip_bad), Skipped(settings.skip_bad)  # rows; pictures, by their digest
     examples = open_examples(settings)
     for note in examples.notes:
@@ -74,7 +75,8 @@ def precompute(settings, folder, pool):
     if settings.explain:
         return
 
-    device = compute_on(settings) if todo.texts() or todo.images() else None  # None: nothing will be computed
+    if todo.texts() or todo.images():  # else nothing will be computed
+        device = device or compute_on(settings)
     with door.changing(folder, harmless=lambda: only_adds(draft, todo)):
         stop = safe.Signals()  # from here on there is something to save when a signal comes
         began = time.perf_counter()
@@ -91,8 +93,14 @@ def precompute(settings, folder, pool):
         print(f"{many(len(left_out), 'row')} left out, e.g. {': '.join(left_out[0])}")
 
 
+def may_download(settings, folder):
+    """Whether gigabytes may come first, so that a GPU which cannot be used is worth torch's seconds before them."""
+    local = Path(settings.pretrained_model_name_or_path).exists() and not settings.dataset_name
+    return not (local or settings.explain or (folder / "manifest.json").exists()) and check.has_nvidia()
+
+
 def compute_on(settings):
-    """-> the device. Only here torch is imported, after all that can be refused without it."""
+    """-> the device. Torch is imported here, after all that can be refused without it (but see may_download)."""
     device = check.device()
     check.precision(settings.mixed_precision, device)
     return device

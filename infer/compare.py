@@ -34,6 +34,8 @@ def compare(settings, run):
     check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
+    check.precision(precision, device)
+    check.gpu_memory(model.unet_config(), dtype, device)
 
     encoders = TextEncoders(model, precision, max_token_length(run)).load(device)
     for prompt in filter(encoders.truncated, [*settings.prompt, settings.negative_prompt or ""]):

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+from data import check
 from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
@@ -11,7 +12,7 @@ WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
-    settings = parse("train", argv)
+    settings = check.eight_bit_adam(parse("train", argv))
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
         from train import same_run

@@ -126,6 +126,7 @@ def setup(settings, folder):
     cache = Cache(cache_folder(folder, settings.cache_dir))
     base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
+    check.gpu_memory(base.unet_config(), dtype, device)
     check_flags(settings)
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}

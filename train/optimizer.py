@@ -1,6 +1,5 @@
 """AdamW over the adapters' one flat vector, and its learning rate at every step."""
 
-import importlib.util
 from functools import partial
 
 import torch
@@ -17,10 +16,6 @@ POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule 
 
 def check_flags(settings):
     """Raise UserError when the optimizer or its schedule cannot do what the flags ask for."""
-    if settings.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(
-            "--use_8bit_adam needs the package bitsandbytes; pip install bitsandbytes, or leave the flag out"
-        )
     if settings.lr_scheduler == "polynomial" and settings.learning_rate <= POLYNOMIALS_END:
         raise UserError(
             f"--learning_rate {settings.learning_rate}: polynomial ends at {POLYNOMIALS_END}; "

@@ -223,6 +223,10 @@ class Model:
         """The content of model_index.json."""
         return self.component("model_index").config()
 
+    def unet_config(self):
+        """The UNet's config, for which its weights need not be there."""
+        return self._described("unet", self._root([])).config()
+
     def public_name(self):
         """The name that may be published: the hub id, or a folder's or file's own name without the path to it."""
         return Path(self.name).resolve().name if self.is_local() else self.name
