@@ -95,7 +95,8 @@ def precompute(settings, folder, pool):
 
 def may_download(settings, folder):
     """Whether gigabytes may come first, so that a GPU which cannot be used is worth torch's seconds before them."""
-    local = Path(settings.pretrained_model_name_or_path).exists() and not settings.dataset_name
+    places = settings.pretrained_model_name_or_path, settings.dataset_name or settings.train_data_dir or ""
+    local = all(Path(place).exists() for place in places)
     return not (local or settings.explain or (folder / "manifest.json").exists()) and check.has_nvidia()
 
 

@@ -2,15 +2,19 @@
 
 import errno
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 from conftest import PRECOMPUTE, PROMPTS, ROOT, TRAIN, untitled
 
 from data.common import disk, system
-from data.common.errors import MachineError
+from data.common.errors import MachineError, UserError
+from data.models.files import Model
 
 # What a system takes away, in a process that then runs one of the commands. On Windows a file that somebody has open
 # is not renamed, replaced or removed, byte ranges of a file are locked by one owner each, and no folder can be opened.
@@ -235,3 +239,112 @@ def test_a_machine_that_tells_nothing_is_asked_through_psutil(monkeypatch, tmp_p
     monkeypatch.setattr(system, "ROOT", tmp_path)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=12345))
     assert system.free_memory() == 12345 and system.others_running() == 0 and system.holders(__file__) == []
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
+    """A user without a name and a home, as `docker run --user 12345` has it. -> the folder that is there instead"""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    return tmp_path / f"huggingface-{os.getuid()}"
+
+
+def environment(*names):
+    return [os.environ.get(name) for name in names]
+
+
+def test_without_a_home_downloads_go_to_a_temporary_folder_of_the_user_alone(nobody, capsys):
+    system.find_a_place_for_downloads()
+    assert environment("HF_HOME", "HF_DATASETS_CACHE") == [str(nobody), str(nobody / "datasets")]
+    assert nobody.stat().st_mode & 0o777 == 0o700
+    said = capsys.readouterr().out
+    assert (
+        said == f"~/.cache/huggingface: cannot be written; what is downloaded goes to {nobody}, or to a folder that "
+        "HF_HOME names\n"
+    )
+    system.find_a_place_for_downloads()  # in a later command, and with the place found by itself: nothing is said
+    assert capsys.readouterr().out == ""
+
+
+def test_a_home_that_can_be_written_is_left_alone(nobody, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "not" / "yet"))
+    system.find_a_place_for_downloads()
+    assert environment("HF_HOME", "HF_DATASETS_CACHE") == [None, None] and capsys.readouterr().out == ""
+
+
+def test_a_hub_cache_that_is_read_only_is_read(nobody, tmp_path, monkeypatch, capsys):
+    """What somebody mounted for all containers is not downloaded again; datasets unpack beside what they read."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "shared"))
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    system.find_a_place_for_downloads()
+    assert environment("HF_HOME", "HF_DATASETS_CACHE") == [str(tmp_path / "shared"), str(nobody / "datasets")]
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_trusted(nobody, monkeypatch):
+    nobody.mkdir()
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    nobody.rename(nobody.with_name(f"huggingface-{os.getuid()}"))
+    system.find_a_place_for_downloads()
+    assert environment("HF_HOME", "HF_DATASETS_CACHE") == [None, None]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_download_into_a_read_only_cache_says_what_to_name(number, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "/shared/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(UserError, match=r"someone/model: .* downloaded to /shared/hub \(.*\); .* with HF_HOME"):
+        Model("someone/model").check()
+
+
+# A container: /dev/shm of a page, a home that cannot be written, no locks, an unknown user.
+BOX = """
+mount --make-rprivate / && mount -t tmpfs -o size=4k none /dev/shm || exit 99
+mount -t tmpfs -o ro none "$TMPDIR/home" || exit 99
+exec "$@"
+"""
+NO_LOCKS = """
+import errno, fcntl, os, runpy, sys
+def none(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = fcntl.lockf = none
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make such a place")
+@pytest.mark.parametrize("user", [0, 12345])
+def test_the_commands_run_in_a_container(user, run, pictures):
+    """As root with a read-only home, and as a user whom no file names, without HOME."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o777), os.mkdir(f"{place}/home")
+        shutil.copytree(pictures, f"{place}/pictures")
+        env = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": place}
+        env |= {"HOME": f"{place}/home"} if user == 0 else {}
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        box = ["unshare", "-m", "sh", "-c", BOX, "sh", *become, sys.executable, "-c", NO_LOCKS + RUN]
+        commands = [
+            ("data.precompute", "--train_data_dir", f"{place}/pictures", *PRECOMPUTE),
+            ("train", *TRAIN),
+            ("infer", "--prompt", *PROMPTS, "--num_inference_steps", 2),
+        ]
+        for name, *flags in commands:
+            words = [*box, name, "--output_dir", f"{place}/run", *map(str, flags)]
+            ended = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+            if ended.returncode == 99:
+                pytest.skip("not allowed to mount here")
+            said = ended.stdout + ended.stderr
+            assert ended.returncode == 0 and "Traceback" not in said, said
+            assert said.count("has no locks (No locks available)") >= 1
+            assert said.count(f"what is downloaded goes to {place}/huggingface-{user}") == 1
+        assert untitled(pathlib.Path(place, "run", "lora.safetensors")) == untitled(run.folder / "lora.safetensors")

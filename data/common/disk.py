@@ -26,6 +26,8 @@ DISK_ERRORS = FULL | UNREACHABLE | numbers("EIO", "EREMOTEIO", "EUCLEAN", "ECONN
 # EROFS counts here, where work is under way; at the door it is a folder badly chosen.
 MACHINE_ERRORS = DISK_ERRORS | numbers("EROFS", "EMFILE", "ENFILE", "ENOMEM")
 
+READ_ONLY = numbers("EROFS", "EACCES", "EPERM")  # what a folder that cannot be written answers
+
 WHAT_TO_DO = {
     errno.EACCES: "change its owner or mode, or use another",
     errno.EPERM: "change its owner or mode, or use another",

@@ -32,6 +32,7 @@ def run(main, argv):
             os.environ.setdefault("TQDM_MININTERVAL", "10")
         before = {signum: signal.signal(signum, partial(_leave, stderr)) for signum in stopping()}
         try:
+            system.find_a_place_for_downloads()
             main(argv)
         except UserError as error:
             sys.exit(_report(stderr, error, error.code))

@@ -9,6 +9,7 @@ import importlib.util
 import mmap
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path, PurePosixPath
 
@@ -230,6 +231,28 @@ def set_aside(file, size):
 def taken(facts):
     """Bytes of the disk that a file takes, by its os.stat; Windows tells its length alone."""
     return getattr(facts, "st_blocks", facts.st_size / 512) * 512
+
+
+def find_a_place_for_downloads():
+    """Let the hub's packages write into a temporary folder where the home folder cannot be written, or there is none.
+
+    In a container whose user has no name they would else make a folder called ~ in the current one. What is in a
+    read-only cache of the hub is used there; only datasets, which write beside what they read, are unpacked elsewhere.
+    Called before they are imported, because they read the environment then.
+    """
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    cache = Path(os.path.expanduser(os.environ.get("HF_HOME", default)))
+    nearest = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    if WINDOWS or (cache.is_absolute() and os.access(nearest, os.W_OK | os.X_OK)):
+        return
+    spare = Path(tempfile.gettempdir()) / f"huggingface-{os.getuid()}"
+    spare.mkdir(mode=0o700, exist_ok=True)
+    if spare.stat().st_uid != os.getuid():  # somebody else could put other models into it
+        return
+    os.environ.setdefault("HF_DATASETS_CACHE", str(spare / "datasets"))
+    if not cache.is_dir():
+        os.environ.setdefault("HF_HOME", str(spare))
+    print(f"{cache}: cannot be written; what is downloaded goes to {spare}, or to a folder that HF_HOME names")
 
 
 # ---- Terminals

@@ -6,7 +6,7 @@ What is not there is downloaded once; what cannot be found is named.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.common.disk import DISK_ERRORS
+from data.common.disk import DISK_ERRORS, READ_ONLY
 from data.common.errors import UserError, out_of_memory
 from data.common.fields import check_fields, read_json
 from data.common.system import need_memory
@@ -251,6 +251,11 @@ class Model:
         except OSError as error:  # huggingface_hub's errors about networks, permissions and being offline all are one
             if error.errno in DISK_ERRORS:
                 raise
+            if error.errno in READ_ONLY:
+                raise UserError(
+                    f"{name}: not a folder here, and cannot be downloaded to {error.filename} ({error.strerror}); "
+                    "name a folder for downloads with HF_HOME"
+                ) from None
             reason = next(iter(str(error).split("\n")), "")
             raise UserError(
                 f"{name}: not a folder here, and not from the hub: {type(error).__name__}: {reason}{self._way_out()}"
