@@ -99,6 +99,14 @@ def test_the_commands_give_the_same_bytes(prelude, run, pictures, tmp_path):
             assert untitled(path) == untitled(tmp_path / name), name
 
 
+@pytest.mark.parametrize("prelude", [MACOS, WINDOWS], ids=["macos", "windows"])
+@pytest.mark.parametrize("name", ["data.precompute", "train", "infer"])
+def test_a_mistyped_flag_is_answered_before_torch_is_imported(prelude, name):
+    last = "import atexit\natexit.register(lambda: print('torch' in sys.modules))\n"
+    said = simulated(prelude + last, name, "--outputdir", "x", code=2)
+    assert said.startswith("False\nerror: ")
+
+
 # ---- One at a time
 
 
@@ -264,11 +272,8 @@ def test_without_a_home_downloads_go_to_a_temporary_folder_of_the_user_alone(nob
     system.find_a_place_for_downloads()
     assert environment("HF_HOME", "HF_DATASETS_CACHE") == [str(nobody), str(nobody / "datasets")]
     assert nobody.stat().st_mode & 0o777 == 0o700
-    said = capsys.readouterr().out
-    assert (
-        said == f"~/.cache/huggingface: cannot be written; what is downloaded goes to {nobody}, or to a folder that "
-        "HF_HOME names\n"
-    )
+    said = f"cannot be written; what is downloaded goes to {nobody}; HF_HOME names another folder\n"
+    assert capsys.readouterr().out == f"~/.cache/huggingface: {said}"
     system.find_a_place_for_downloads()  # in a later command, and with the place found by itself: nothing is said
     assert capsys.readouterr().out == ""
 
@@ -286,6 +291,7 @@ def test_a_hub_cache_that_is_read_only_is_read(nobody, tmp_path, monkeypatch, ca
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     system.find_a_place_for_downloads()
     assert environment("HF_HOME", "HF_DATASETS_CACHE") == [str(tmp_path / "shared"), str(nobody / "datasets")]
+    assert f"models that are in it are used, datasets are unpacked in {nobody};" in capsys.readouterr().out
 
 
 def test_a_temporary_folder_of_somebody_else_is_not_trusted(nobody, monkeypatch):

@@ -148,7 +148,7 @@ class Train:
     deterministic: bool = flag(
         False, "the same command gives the same bits on a GPU as well, as it does on a CPU; slower"
     )
-    use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit instead of torch's AdamW")
+    use_8bit_adam: bool = flag(False, "bitsandbytes AdamW8bit, where it is installed, instead of torch's AdamW")
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradient clipping by norm", above=0)
     cache_dir: str | None = flag(None, "the cache's folder; default: the one the run began with, else RUN/cache")

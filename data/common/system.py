@@ -250,9 +250,12 @@ def find_a_place_for_downloads():
     if spare.stat().st_uid != os.getuid():  # somebody else could put other models into it
         return
     os.environ.setdefault("HF_DATASETS_CACHE", str(spare / "datasets"))
-    if not cache.is_dir():
+    if cache.is_dir():
+        where = f"models that are in it are used, datasets are unpacked in {spare}"
+    else:
         os.environ.setdefault("HF_HOME", str(spare))
-    print(f"{cache}: cannot be written; what is downloaded goes to {spare}, or to a folder that HF_HOME names")
+        where = f"what is downloaded goes to {spare}"
+    print(f"{cache}: cannot be written; {where}; HF_HOME names another folder")
 
 
 # ---- Terminals
