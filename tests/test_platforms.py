@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PRECOMPUTE, PROMPTS, ROOT, TRAIN, untitled
 
+from data.cache import Cache
 from data.common import disk, system
 from data.common.errors import MachineError, UserError
 from data.models.files import Model
@@ -108,6 +109,16 @@ def test_a_mistyped_flag_is_answered_before_torch_is_imported(prelude, name):
 
 
 # ---- One at a time
+
+
+def test_who_reads_a_cache_holds_no_file_that_a_precompute_replaces(cached):
+    """Windows would refuse to replace it. Rows are only added to, which it allows."""
+    cache = Cache(cached / "cache")
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    held = "".join(os.readlink(link) + "\n" for link in links if os.path.lexists(link))
+    held += pathlib.Path("/proc/self/maps").read_text()
+    names = {path.name for path in (cached / "cache").iterdir() if str(path) in held}
+    assert len(cache) and names == {path.name for path in (cached / "cache").glob("*.rows")}
 
 
 @pytest.fixture
