@@ -10,6 +10,8 @@ import torch
 from conftest import PIPELINE, PRECOMPUTE, SDXL, command, here, settings
 from test_loop import TRAIN
 
+import infer.compare  # noqa: F401 - before torch tells of a GPU, which the libraries would ask as they are imported
+import train.loop  # noqa: F401
 from data import check
 from data.common import setup
 from data.common.errors import MachineError, UserError
