@@ -16,6 +16,7 @@ from data.common.flags import Precompute
 from data.common.words import many, shortened
 from data.images import MAX_BYTES, SUFFIXES
 
+KOHYAS = re.compile(r"(\d{1,3})_(.+)", re.DOTALL | re.ASCII)  # a folder's name: how often, and of what
 TEXTS = (".txt", ".caption")  # what a picture's captions are in, next to it; where both are there, the first counts
 
 
@@ -196,7 +197,7 @@ def _folder(flag, folder, caption_column, prompt):
         unlisted = [path for path in pictures if os.path.normpath(path) not in used]
     others = [path for path in files if _suffix(path) not in SUFFIXES and path not in used]
     paths, captions = paths + list(closed), captions + list(closed.values())
-    notes = _notes(folder, files, hidden, others, unlisted, table)
+    notes = _notes(folder, files, hidden, others, unlisted, table) + _own_name(folder, table)
     if without := [i for i, caption in enumerate(captions) if isinstance(caption, NoCaption)]:
         notes += _name_them(folder, paths, captions, without, prompt)
     return lambda index: (paths[index], None, captions[index]), len(paths), notes
@@ -256,9 +257,18 @@ def kohyas(path, folder):
     counts. A number of four digits and more is taken for a year or a date, which repeats nothing.
     """
     for part in reversed(Path(os.path.relpath(path, folder)).parts[:-1]):
-        if named := re.fullmatch(r"(\d{1,3})_(.+)", part, re.DOTALL | re.ASCII):
+        if named := KOHYAS.fullmatch(part):
             return int(named[1]), named[2].strip()
     return 1, None
+
+
+def _own_name(folder, table):
+    """A note where the folder itself is named as kohya's are, because what its name says counts only below another."""
+    if not KOHYAS.fullmatch(Path(os.path.abspath(folder)).name):
+        return []
+    above = printable(os.path.normpath(folder / ".."))
+    advice = "" if table else f"; name the folder above it for that: --train_data_dir {above}"
+    return [f"{printable(str(folder))}: the number and the words of its own name are not used{advice}"]
 
 
 def _notes(folder, files, hidden, others, unlisted, table):

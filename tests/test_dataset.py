@@ -394,6 +394,21 @@ def test_a_caption_file_counts_as_a_text_file_and_a_text_file_counts_more(tmp_pa
     assert found.notes == [f"{tmp_path}: passed over: 1 .caption file next to a .txt, which counts, e.g. 00.caption"]
 
 
+def test_a_folder_like_kohyas_that_is_named_itself_names_the_one_above(tmp_path, monkeypatch):
+    """Its number and words count only below the folder that is named, as in kohya's tools."""
+    folder = tmp_path / "k" / "10_a"
+    captioned(write_images(folder, ["a"])[0], "a cat")
+    unused = "the number and the words of its own name are not used"
+    monkeypatch.chdir(folder)
+    for named, above in ((str(folder), str(tmp_path / "k")), (f"{folder}/", str(tmp_path / "k")), (".", "..")):
+        found = examples(train_data_dir=named)
+        advice = f"name the folder above it for that: --train_data_dir {above}"
+        assert found.notes == [f"{named.rstrip('/')}: {unused}; {advice}"] and found[0].repeats == 1
+    assert examples(train_data_dir=above).notes == [] and examples(train_data_dir=above)[0].repeats == 10
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "x"}')  # which counts only where it lies
+    assert examples(train_data_dir=str(folder)).notes[-1] == f"{folder}: {unused}"
+
+
 def test_folders_like_kohyas_say_how_often_and_what(tmp_path):
     """The number counts wherever the captions are from; the words only where there are none."""
     for name, caption in (("10_red fox", None), ("2_red fox", "of its own"), ("plain", "x"), ("3_a/12_b_c", None)):
