@@ -67,7 +67,12 @@ class Precompute:
     shuffle_caption: bool = flag(
         False, "cache each caption with its comma-separated tags in several orders, of which training draws one"
     )
-    keep_tokens: int = flag(0, "with --shuffle_caption the first N tags stay in front", at_least=0, at_most=1000)
+    keep_tokens: int = flag(
+        0,
+        "with --shuffle_caption the first N tags stay in front, not counting a trigger word before them",
+        at_least=0,
+        at_most=1000,
+    )
     caption_variants: int | None = flag(
         None, "orders of each caption with --shuffle_caption, its own among them; default: 8", at_least=2, at_most=1000
     )
