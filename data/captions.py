@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.common.errors import UserError
+from data.common.words import shortened
 
 LONGEST = 256  # characters of a prompt
 VARIANTS = 8  # of each caption with --shuffle_caption; each takes 310 KiB of the cache at 75 tokens
@@ -37,7 +38,9 @@ class Wording:
 def wording(settings):
     """The Wording that the flags of precompute ask for. Raises UserError for a prompt without a word or without end."""
     prompt = settings.instance_prompt and " ".join(settings.instance_prompt.split()).strip(", ")
-    if prompt is not None and not 0 < len(prompt) <= LONGEST:
+    if prompt == "":
+        raise UserError(f"--instance_prompt {shortened(settings.instance_prompt)}: no word in it; give one or a few")
+    if prompt and len(prompt) > LONGEST:
         raise UserError(f"--instance_prompt: {len(prompt)} characters; give a word or a few, of at most {LONGEST}")
     variants = (settings.caption_variants or VARIANTS) if settings.shuffle_caption else 1
     return Wording(prompt, variants, settings.keep_tokens, settings.seed)

@@ -106,10 +106,15 @@ def test_a_prompt_stays_in_front_of_every_order_and_keep_tokens_counts_behind_it
         assert len(set(texts)) == 6 and all(parts(text)[: len(front)] == front for text in texts)
 
 
-@pytest.mark.parametrize("prompt", [" ", ",", "x" * 257])
-def test_a_prompt_without_a_word_or_without_end_is_refused(prompt):
-    with pytest.raises(UserError, match=r"^--instance_prompt: \d+ characters; give a word or a few, of at most 256$"):
+@pytest.mark.parametrize(
+    "prompt, said",
+    [("", " '': no word in it; give one or a few"), ("  , ,", " '  , ,': no word in it; give one or a few")]
+    + [("x" * 257, ": 257 characters; give a word or a few, of at most 256")],
+)
+def test_a_prompt_without_a_word_or_without_end_is_refused(prompt, said):
+    with pytest.raises(UserError) as error:
         wording(settings("data.precompute", instance_prompt=prompt))
+    assert str(error.value) == f"--instance_prompt{said}"
     assert wording(settings("data.precompute", instance_prompt=" sks \n dog, ")).prompt == "sks dog"
 
 
