@@ -60,6 +60,7 @@ MANIFEST = {
     "rows": fields.whole(0, 2**31),
     "held_out": fields.whole(0, 2**31),
     "caption_variants": fields.whole(1, 1000, missing=1),
+    "caption_orders": fields.either(fields.text(), fields.one_of(None), missing=None),
     "instance_prompt": fields.either(fields.text(), fields.one_of(None), missing=None),
     "skipped": fields.each(fields.each(fields.text(10**5), 2), 0, 2**31),
     "content": _digest,
@@ -79,7 +80,7 @@ INDEX = np.dtype(
         ("time_ids", "<i4", (6,)),
         ("mirrored_time_ids", "<i4", (6,)),
         ("image_digest", "S16"),  # of the file's bytes: a later precompute tells by it whether the picture changed
-        ("caption_digest", "S16"),  # the same for its captions
+        ("caption_digest", "S16"),  # the same for its captions, without their other orders
         ("repeats", "<i4"),  # how often an epoch has it; once in an index of a cache that was written before there were
     ]
 )
@@ -395,6 +396,29 @@ def changed_rows(then, now):
         "row at another resolution or crop": (a["time_ids"] != b["time_ids"]).any(axis=1).sum(),
     }
     return [f"{count:,} {_plural(what, count)}" for what, count in counts.items() if count]
+
+
+def changed_facts(then, now):
+    """What two manifests say otherwise of how the rows were encoded, as people say it."""
+    (old_length, _), (length, _) = then["text_shape"], now["text_shape"]
+    words = other_orders(then, now)
+    if length != old_length:
+        words.append(f"captions at another length ({old_length - 2} there, {length - 2} here)")
+    elif then["identity"]["text_encoders"] != now["identity"]["text_encoders"]:
+        words.append("captions by other text encoders or in another precision")
+    if then["identity"]["vae"] != now["identity"]["vae"]:
+        words.append("images by another VAE or in another precision")
+    if then["decoder"] != now["decoder"]:
+        words.append("images by another decoder")
+    return words
+
+
+def other_orders(then, now):
+    """What two manifests say otherwise of the captions' orders: ["captions in 4 orders instead of 3"]"""
+    (old, new) = (facts["caption_variants"] for facts in (then, now))
+    if old != new:
+        return [f"captions in {many(new, 'order')} instead of {old}"]
+    return ["captions in other orders"] if then["caption_orders"] != now["caption_orders"] else []
 
 
 def _plural(what, count):

@@ -30,6 +30,10 @@ class Wording:
         captions = [prefixed(caption, self.prompt) for caption in captions] if self.prompt else captions
         return tuple(text for caption in captions for text in self._variants(caption))
 
+    def mixed_by(self):
+        """What the orders of a caption depend on besides the caption, in words; None where there is its own only."""
+        return f"seed {self.seed}, {self.keep} kept" if self.variants > 1 else None
+
     def _variants(self, caption):
         kept = self.keep + (parts_of(caption, self.prompt) if self.prompt else 0)
         return orders(caption, self.variants, kept, self.seed)

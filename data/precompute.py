@@ -162,6 +162,7 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
             text_shape=texts.text_shape,
             pooled_shape=texts.pooled_shape,
             caption_variants=examples.wording.variants,
+            caption_orders=examples.wording.mixed_by(),
             instance_prompt=examples.wording.prompt,
         ),
     )
@@ -233,7 +234,7 @@ def in_words(draft, todo):
     pictures = [np.concatenate(both) for both in zip(*todo.pictures)]
     having = draft.row_of(todo.captions)
     place = todo.captions - draft.rows["first_caption"][having]
-    captions = having, place % draft.facts["caption_variants"] > 0
+    captions = having, place % draft.facts["caption_variants"]
     before = before and (*before, read_manifest(draft.folder))
     return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, todo.unconditional)
 

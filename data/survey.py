@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from data import buckets
-from data.cache import INDEX, told_apart
+from data.cache import INDEX, other_orders, told_apart
 from data.common.ahead import ahead
 from data.common.errors import UserError
 from data.common.words import many
@@ -82,7 +82,9 @@ def survey(examples, encoders, some_buckets, random_flip, validation_fraction, p
             ids, mirrored_ids = buckets.time_ids(size, some_buckets[bucket], example.name)
         except UserError as error:
             return examples.name(index), error, None
-        image, words = hashlib.sha256(data).digest(), hashlib.sha256("\0".join(example.captions).encode()).digest()
+        image = hashlib.sha256(data).digest()
+        own = example.captions[:: examples.wording.variants]  # without their other orders
+        words = hashlib.sha256("\0".join(own).encode()).digest()
         pictures = (
             key("picture", vae_print, DECODER, image, some_buckets[bucket], flip) for flip in (False, random_flip)
         )
@@ -125,7 +127,7 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
     """What is to be encoded and why: ("3 of 1,221 rows", "2 captions changed, 1 image new; 1 row removed").
 
     pictures: what is to be encoded, as indices of rows and whether mirrored, two arrays. captions: the row of each
-    caption that is, and whether it is a variant, two arrays. facts: what the manifest will say of the encoders and
+    caption that is, and which of its orders, two arrays. facts: what the manifest will say of the encoders and
     captions. before: (index, names, manifest) of the cache as it is, or None. unconditional: whether the unconditional
     embedding is to be encoded.
     """
@@ -133,16 +135,19 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
     names = list(told_apart(names))
     old = {name: i for i, name in enumerate(told_apart(old_names))}
     was = np.array([old.get(name, -1) for name in names], int)
+    another_length = before and old_facts["text_shape"][0] != facts["text_shape"][0]
 
-    def reason(noun, i, mirrored=False, variant=False):
-        if was[i] < 0 or variant and old_facts["caption_variants"] != facts["caption_variants"]:
+    def reason(noun, i, mirrored=False, order=0):
+        if was[i] < 0 or order and order >= old_facts["caption_variants"]:
             return "new"
         there, here = old_index[was[i]], rows[i]
         if there[f"{noun}_digest"] != here[f"{noun}_digest"]:
             return "changed"
+        if order and old_facts["caption_orders"] != facts["caption_orders"]:
+            return "changed"
         if noun == "image" and (there["time_ids"] != here["time_ids"]).any():
             return "at another resolution"
-        if noun == "caption" and old_facts["text_shape"][0] != facts["text_shape"][0]:
+        if noun == "caption" and another_length:
             return "at another length"
         if mirrored and there["mirrored"] == there["picture"]:
             return "mirrored"
@@ -153,7 +158,7 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
         return "damaged or lost" if same else "for another encoder"
 
     why = collections.Counter(
-        ("variant" if variant else "caption", reason("caption", i, variant=variant)) for i, variant in zip(*captions)
+        ("variant" if order else "caption", reason("caption", i, order=order)) for i, order in zip(*captions)
     )
     why += collections.Counter(("image", reason("image", i, mirrored)) for i, mirrored in zip(*pictures))
     groups = [[f"{many(count, noun)} {because}" for (noun, because), count in why.items()]]
@@ -170,19 +175,55 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
     sides, repeats = (
         (old_index[field][was[was >= 0]] != rows[field][was >= 0]).sum() for field in ("held_out", "repeats")
     )
-    without = len(others) - len(known)
+    without, lengths = len(others) - len(known), 0
+    if another_length:
+        kept = np.setdiff1d(np.flatnonzero(was >= 0), captions[0])
+        kept = kept[old_index["caption_digest"][was[kept]] == rows["caption_digest"][kept]]
+        kept = kept[~np.isin(rows["caption_digest"][kept], rows["caption_digest"][captions[0]])]
+        _, first = np.unique(rows["caption_digest"][kept], return_index=True)  # equal ones are encoded once
+        lengths = (rows["captions"][kept[first]] // facts["caption_variants"]).sum()
     for count, noun, because in (
         (without, "row", "added, encoded already" if before else "without an index, encoded already"),
         (differ.sum(), "row", "changed, encoded already"),
+        (lengths, "caption", "at another length, encoded already"),
         (sides, "row", "held out otherwise"),
         (repeats, "row", "repeated otherwise"),
         (len(old.keys() - set(names)), "row", "removed"),
     ):
         if count:
             groups.append([f"{many(count, noun)} {because}"])
-    if before and any(old_facts[name] != facts[name] for name in ("model", "vae")):
-        groups.append(["the model's or the VAE's name"])
+    if before and not np.any(captions[1]):
+        groups.append(other_orders(old_facts, facts))
+    if before:
+        groups.append(other_models(old_facts, facts))
     if (np.diff(was[was >= 0]) < 0).any():
         groups.append(["another order"])
+    if before and not any(groups):
+        groups.append(other_facts(old_facts, facts))
     why = "; ".join(", ".join(group) for group in groups if group)
     return f"{len(touched):,} of {many(len(rows), 'row')}", why or "nothing changed"
+
+
+def other_models(then, now):
+    """What two manifests say otherwise of the model: ["the model's or the VAE's name"], and how it is noised."""
+    named = [name for name in then["model"] if name not in ("prediction_type", "rescale_betas_zero_snr")]
+    names = any(then[model][name] != now[model][name] for model in ("model", "vae") for name in named)
+    noised = _components(then).get("scheduler") != _components(now).get("scheduler")
+    return ["the model's or the VAE's name"] * names + ["the noise schedule or the prediction type"] * noised
+
+
+def other_facts(then, now):
+    """What else two manifests of the same rows say otherwise, in words."""
+    found = {
+        "the encoders or their precision, encoded already": then["identity"] != now["identity"],
+        "the decoder of pictures, encoded already": then["decoder"] != now["decoder"],
+        "the model's files": _components(then) != _components(now),
+        "the buckets": [*map(tuple, then["buckets"])] != [*map(tuple, now["buckets"])],
+        "the trigger word": then["instance_prompt"] != now["instance_prompt"],
+    }
+    return [words for words, differ in found.items() if differ]
+
+
+def _components(facts):
+    """What a manifest says of its model's components, without where their files were seen."""
+    return {name: (of["config"], of["content"]) for name, of in facts["components"].items()}

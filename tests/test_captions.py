@@ -251,6 +251,31 @@ def test_what_is_encoded_stays_when_orders_are_added_and_taken_away(tagged, tmp_
     }
 
 
+def test_no_caption_is_said_to_have_changed_where_its_orders_or_the_length_did(shuffled, tagged, tmp_path, capsys):
+    """Orders that it had before are at another length, the others are new; and a caption that did change is said."""
+    run, source = tmp_path / "run", tmp_path / "d"
+    shutil.copytree(shuffled, run), shutil.copytree(tagged, source)
+    edit_captions(source, lambda rows: rows[1:4])
+
+    def explained(*flags):
+        capsys.readouterr()
+        precompute(run, source, *flags, "--explain")
+        return capsys.readouterr().out.splitlines()[-1].split(" to encode: ")[1]
+
+    longer, other = ("--max_token_length", 150), "3 captions at another length"
+    assert explained(*SHUFFLE, "--caption_variants", 5, *longer).startswith(
+        f"{other}, 6 variants at another length, 2 variants new, the unconditional embedding; 5 rows removed; "
+    )
+    assert explained(*longer).startswith(
+        f"{other}, the unconditional embedding; 5 rows removed; captions in 1 order instead of 4; "
+    )
+    assert explained(*SHUFFLE, "--caption_variants", 3).startswith("5 rows removed; captions in 3 orders instead of 4")
+    said = explained(*SHUFFLE, "--caption_variants", 4, "--seed", 1, *longer)
+    assert said.startswith(f"{other}, 6 variants changed, the unconditional embedding; 5 rows removed; 0 MiB")
+    edit_captions(source, lambda rows: [rows[0] | {"text": "another"}, *rows[1:]])
+    assert explained(*longer).startswith("1 caption changed, 2 captions at another length, ")
+
+
 def test_order_of_rows_and_other_rows_change_no_text(tagged, tmp_path):
     """Variants belong to the caption, not to its place or neighbours, so nothing is encoded again."""
     found, _ = captions(tagged, shuffle_caption=True)

@@ -25,7 +25,7 @@ from PIL import Image
 from data.cache import Cache
 from data.common.errors import UserError
 from data.dataset import open_examples
-from data.survey import Skipped, survey
+from data.survey import Skipped, other_facts, survey
 from train.batches import Batches
 
 
@@ -215,11 +215,37 @@ def test_nothing_changed_is_said_only_where_nothing_did(source, tmp_path, capsys
         edit_captions(source, change)
         assert f" rows to encode: {why}; 0 MiB" in said("--explain")
         said()
+    for flags, why in (
+        (("--prediction_type", "v_prediction"), "the noise schedule or the prediction type"),
+        (("--instance_prompt", "fox"), "the trigger word"),
+    ):
+        if "--instance_prompt" in flags:
+            edit_captions(source, lambda rows: [row | {"text": f"fox {row['text']}"} for row in rows])
+            said()
+        assert f" 0 of 8 rows to encode: {why}; 0 MiB" in said(*flags, "--explain").replace("\n", " ")
+    assert "captions at another length, the unconditional embedding; " in said("--max_token_length", 150)
+    assert "\n0 of 8 rows to encode: 7 captions at another length, encoded already; 0 MiB" in said()
     pattern = r"; (\d) held out.*\n0 of 8 rows to encode: \1 rows? held out otherwise; "
     assert re.search(pattern, said("--validation_fraction", 0.3))
     (run / "cache" / "manifest.json").unlink()
     assert "0 of 8 rows to encode: 8 rows without an index, encoded already; " in said()
     assert "0 of 8 rows to encode: nothing changed; " in said()
+
+
+def test_what_else_a_manifest_can_say_is_named():
+    """Each alone, where no row has anything to say; where files were seen is nothing."""
+    then = dict(identity={"vae": "a"}, decoder="x", buckets=[[64, 64]], instance_prompt=None)
+    then["components"] = {"unet": dict(config="1", content="2", seen=[[1, 2, 3, 4]])}
+    same = dict(then, buckets=[(64, 64)], components={"unet": dict(config="1", content="2", seen=[])})
+    assert other_facts(then, same) == []
+    for field, value, words in (
+        ("identity", {"vae": "b"}, "the encoders or their precision, encoded already"),
+        ("decoder", "y", "the decoder of pictures, encoded already"),
+        ("buckets", [(64, 64), (64, 128)], "the buckets"),
+        ("instance_prompt", "fox", "the trigger word"),
+        ("components", {"unet": dict(config="1", content="3", seen=[])}, "the model's files"),
+    ):
+        assert other_facts(then, same | {field: value}) == [words]
 
 
 def test_another_decoder_encodes_pictures_again(cached, pictures, tmp_path, monkeypatch, capsys, done):
