@@ -15,6 +15,7 @@ from data.models import identity as module
 from data.models.files import Model
 from data.models.identity import IDENTITIES, check_unchanged, identities, identity
 from data.models.schema import CONFIGS
+from train.same_run import DIGESTS
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 WEIGHTS |= {"text_encoder": "model", "text_encoder_2": "model"}
@@ -230,4 +231,5 @@ def test_a_run_is_not_continued_on_a_model_that_precompute_accepted_since(name, 
     flags = [*PRECOMPUTE, "--pretrained_model_name_or_path", model]
     here("data.precompute", "--output_dir", begun, "--train_data_dir", pictures, *flags)
     assert read_manifest(begun / "cache")["components"] != before
-    assert name in refused("train", tmp_path, *train, "--max_train_steps", 3)
+    said = refused("train", tmp_path, *train, "--max_train_steps", 3)
+    assert said == f"error: {begun}: holds another run: {DIGESTS[name]} than when it began"

@@ -25,7 +25,7 @@ from conftest import (
     when,
 )
 
-from data.cache import INDEX, changed_rows
+from data.cache import INDEX, changed_facts, changed_rows
 from train import same_run
 
 LEARNED = ("--max_train_steps", 2, "--checkpointing_steps", 1)
@@ -120,6 +120,56 @@ def test_the_rows_that_changed_are_counted():
         "1 row removed",
         "1 row at another resolution or crop",
     ]
+
+
+def test_another_length_and_other_orders_are_said_as_such(fresh, source, tmp_path, log):
+    """The model and the VAE are the same. A run whose rows.npz is of an earlier version has the words that it had."""
+    here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
+    edit_captions(source, lambda rows: [row | {"text": "a, b, c, d"} for row in rows])
+    precompute(fresh, source)
+    here("train", "--output_dir", fresh, *TRAIN, *LEARNED, "--restart")
+    precompute(fresh, source, "--shuffle_caption", "--caption_variants", 3, "--max_token_length", 150)
+    words = "captions in 3 orders instead of 1; captions at another length (75 there, 150 here)"
+    assert refused(fresh, log)[1] == f"error: {fresh}: holds another run: {words}"
+    with np.load(fresh / "rows.npz") as began:
+        np.savez(fresh / "rows.npz", index=began["index"], names=began["names"])
+    assert refused(fresh, log)[1].endswith("holds another run: the cache was encoded by another model or VAE")
+
+
+def test_each_fact_of_how_rows_were_encoded_is_named():
+    then = dict(text_shape=[77, 8], caption_variants=4, caption_orders="seed 1, 0 kept", decoder="x")
+    then["identity"] = dict(text_encoders="t", vae="v")
+    assert changed_facts(then, then) == []
+    for changes, words in (
+        (dict(caption_variants=1, caption_orders=None), "captions in 1 order instead of 4"),
+        (dict(caption_orders="seed 2, 0 kept"), "captions in other orders"),
+        (
+            dict(text_shape=[227, 8], identity=dict(text_encoders="t-3chunks", vae="v")),
+            "captions at another length (75 there, 225 here)",
+        ),
+        (dict(identity=dict(text_encoders="u", vae="v")), "captions by other text encoders or in another precision"),
+        (dict(identity=dict(text_encoders="t", vae="w")), "images by another VAE or in another precision"),
+        (dict(decoder="y"), "images by another decoder"),
+    ):
+        assert changed_facts(then, then | changes) == [words]
+
+
+@pytest.mark.parametrize(
+    "there, here, said",
+    [
+        (dict(unet="12ab", base="local-12ab"), dict(unet="34cd", base="local-34cd"), "another UNet than when it began"),
+        (dict(base="local-12ab"), dict(base="org/model"), "another UNet than when it began"),
+        (dict(base="org/a"), dict(base="org/b"), "base org/a there, org/b here"),
+        (dict(scheduler="1"), dict(scheduler="2"), "another noise schedule or prediction type than when it began"),
+        (dict(network_weights="1"), dict(network_weights="2"), "begun from other weights"),
+        (dict(network_weights="1"), {}, "begun from a file of weights, and none is named here"),
+        ({}, dict(network_weights="2"), "begun without a file of weights, and one is named here"),
+    ],
+)
+def test_digests_are_said_in_words(there, here, said, tmp_path):
+    with pytest.raises(same_run.AnotherRun) as error:
+        same_run.check_same(tmp_path, there, here)
+    assert str(error.value) == f"{tmp_path}: holds another run: {said}"
 
 
 def test_what_changed_is_said_of_a_run_begun_before_pictures_could_repeat(fresh, source, log):

@@ -1,7 +1,8 @@
 """Which run a folder holds, and whether a command asks for the same one.
 
     RUN/run.json     the cache that the run reads, and all that a continuation must agree with
-    RUN/rows.npz     the cache's index and names as they were when the run began, so that it can say what changed since
+    RUN/rows.npz     the cache's index and names as they were when the run began, and what its manifest said of how they
+                     were encoded, so that it can say what changed since
 
 Nothing here imports torch, so that another run is refused within a second.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import cache_folder, changed_rows, read_began, read_index, with_repeats
+from data.cache import cache_folder, changed_facts, changed_rows, read_began, read_index, read_manifest, with_repeats
 from data.common.disk import atomic_write, sha256_file, sync_folder
 from data.common.errors import UserError
 from data.common.flags import Train
@@ -26,6 +27,12 @@ from lora.contents import look
 MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
 DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
+DIGESTS = {  # of the identity, and what another one means
+    "unet": "another UNet",
+    "scheduler": "another noise schedule or prediction type",
+    "model_index": "another model_index.json",
+}
+ENCODED = ("text_shape", "caption_variants", "caption_orders", "identity", "decoder")  # of the manifest, for rows.npz
 # What a run writes, next to its exports lora*.safetensors.
 PARTS = ("state", "metrics.jsonl", "run.json", "rows.npz", "samples", "tensorboard", "compare")
 
@@ -113,8 +120,23 @@ def check_same(run, there, here):
     if differ := [name for name in differ if name not in MAY_CHANGE]:
         cache = cache_folder(run, here["cache_dir"])
         words = _what_changed(run, cache) if "cache" in differ else []
-        words += [f"{name} {there.get(name)} there, {here.get(name)} here" for name in differ if name != "cache"]
-        raise AnotherRun(run, cache, words)
+        words += [_in_words(name, there.get(name), here.get(name)) for name in differ if name != "cache"]
+        raise AnotherRun(run, cache, dict.fromkeys(words))  # the base and its UNet say the same
+
+
+def _in_words(name, there, here):
+    """How a name of the identity differs; digests tell nobody anything."""
+    if name in DIGESTS:
+        return f"{DIGESTS[name]} than when it began"
+    if name == "base" and any(str(base).startswith("local-") for base in (there, here)):
+        return f"{DIGESTS['unet']} than when it began"
+    if name == "network_weights":
+        if there and here:
+            return "begun from other weights"
+        if there:
+            return "begun from a file of weights, and none is named here"
+        return "begun without a file of weights, and one is named here"
+    return f"{name} {there} there, {here} here"
 
 
 def check_at_the_door(run, settings, manifest):
@@ -131,8 +153,10 @@ def _what_changed(run, cache):
         return ["other rows in the cache"]
     with np.load(path) as began:
         then = with_repeats(began["index"]), began["names"].tolist()
-    changed = changed_rows(then, now)
-    return [f"{', '.join(changed)} since it began"] if changed else ["the cache was encoded by another model or VAE"]
+        facts = json.loads(began["facts"].item()) if "facts" in began else None  # earlier versions kept none
+    words = [f"{', '.join(changed)} since it began"] if (changed := changed_rows(then, now)) else []
+    words += changed_facts(facts, read_manifest(cache)) if facts else []
+    return words or ["the cache was encoded by another model or VAE"]
 
 
 def begin(run, identity, cache, restart):
@@ -143,9 +167,10 @@ def begin(run, identity, cache, restart):
     before = read_began(run)
     if restart or any(run.glob("lora*.safetensors")) and not (before and before["identity"] == identity):
         put_aside(run)
-    index, names = read_index(cache)
+    (index, names), manifest = read_index(cache), read_manifest(cache)
+    facts = json.dumps({name: manifest[name] for name in ENCODED})
     with atomic_write(run / "rows.npz") as file:
-        np.savez_compressed(file, index=index, names=np.array(names))
+        np.savez_compressed(file, index=index, names=np.array(names), facts=np.array(facts))
     remember(run, identity, cache)
 
 
