@@ -134,7 +134,8 @@ def test_every_flag_but_those_that_may_change_is_held(tmp_path):
         if name in FREE:
             assert Setup().load(tmp_path, **other) == (1, PLAN)
         else:
-            said = "other rows in the cache" if name == "cache" else f"{name} {value} there, {other[name]} here"
+            words = dict(cache="other rows in the cache", network_weights="begun without a file of weights, and one is")
+            said = words.get(name, f"{name} {value} there, {other[name]} here")
             setup = Setup(seed=9)
             before = setup.adapters.vector.detach().clone()
             with pytest.raises(UserError, match=re.escape(said)):
