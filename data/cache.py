@@ -395,7 +395,8 @@ def changed_rows(then, now):
         "row repeated otherwise": (a["repeats"] != b["repeats"]).sum(),
         "row at another resolution or crop": (a["time_ids"] != b["time_ids"]).any(axis=1).sum(),
     }
-    return [f"{count:,} {_plural(what, count)}" for what, count in counts.items() if count]
+    moved = common != [name for name in old if name in new]
+    return [f"{count:,} {_plural(what, count)}" for what, count in counts.items() if count] + ["another order"] * moved
 
 
 def changed_facts(then, now):

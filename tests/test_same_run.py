@@ -111,6 +111,7 @@ def test_the_rows_that_changed_are_counted():
     new = np.zeros(5, INDEX)
     names = ["a", "b", "b", "c"]
     assert changed_rows((old, names), (old, names)) == []
+    assert changed_rows((old, names), (old, ["c", "a", "b", "b"])) == ["another order"]
     new["caption_digest"][:2], new["image_digest"][1], new["time_ids"][2, 0] = b"x", b"y", 7
     said = changed_rows((old, names), (new, ["a", "b", "b", "d", "e"]))
     assert said == [
