@@ -308,6 +308,7 @@ def test_each_order_is_drawn_about_equally_and_nothing_else_changes(shuffled, ta
     assert all(torch.equal(again[name], batch[name]) for name in batch)
 
 
+@pytest.mark.slow
 def test_the_whole_line_with_orders_a_trigger_word_and_repeats_goes_on_exactly(tagged, tmp_path):
     """A run that was stopped in the middle ends with the bytes of one that was not."""
     source = tmp_path / "d"

@@ -154,6 +154,7 @@ def test_a_gpu_that_cannot_be_used_is_said_before_anything_is_downloaded(command
         here(command, *flags[command])
 
 
+@pytest.mark.slow
 def test_eight_bit_adam_without_bitsandbytes_is_torchs_and_no_run_goes_on_as_the_other(fresh, monkeypatch, capsys):
     """The state of one cannot be read by the other, in both directions."""
     flags, real = ("--output_dir", fresh, *TRAIN, "--use_8bit_adam", "--max_train_steps"), importlib.util.find_spec

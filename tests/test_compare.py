@@ -84,6 +84,7 @@ def test_negative_prompt_seed_and_guidance_change_pictures(run, trained):
         assert not same(compare(trained, PROMPTS[0], **flags)["baseline_0.png"], first["baseline_0.png"]), flags
 
 
+@pytest.mark.slow
 def test_pictures_equal_diffusers_own_pipeline(run, trained):
     """From prompts to pixels, from the same noise: the base as it is, the LoRA through load_lora_weights."""
     from diffusers import StableDiffusionXLPipeline
@@ -217,6 +218,7 @@ def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
     assert not list((trained / "compare").glob("finetuned*"))
 
 
+@pytest.mark.slow
 def test_the_grid_holds_every_picture_at_its_place():
     """Base is above and LoRA below, in the order of the prompts; more than eight wrap."""
     colours = [(20 * i, 255 - 20 * i, 7) for i in range(10)]

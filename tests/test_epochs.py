@@ -75,6 +75,7 @@ def test_epochs_without_end_are_refused(folder):
         in_steps(asked, folder / "cache", [])
 
 
+@pytest.mark.slow
 def test_the_command_trains_epochs_and_goes_on_for_more_of_them(folder, capsys):
     """Whatever the run was begun with: steps or epochs, fewer or more. The first line says what is repeated."""
     repeated(folder, 2)

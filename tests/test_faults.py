@@ -368,6 +368,7 @@ def test_a_second_signal_while_the_first_ones_state_is_saved(first, second, fres
     same_run(fresh, run.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", TWICE)
 def test_a_second_signal_while_precompute_finishes(first, second, pictures, tmp_path, log, small_batches, monkeypatch):
     """What was committed before the first signal stays, and the same command ends with the same bytes."""
@@ -434,6 +435,7 @@ def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(signum, fre
         assert one_line_error(output) == "error: interrupted; run the same command to go on"
 
 
+@pytest.mark.slow
 def test_whoever_comes_second_to_a_runs_folder_is_told_who_is_there(fresh, run, log, tmp_path):
     """Two commands that write one state or cache would leave neither's."""
     process = trainer(fresh, tmp_path / "logs" / "first", "--max_train_steps", 1000)
@@ -602,6 +604,7 @@ SMALL_FILES = {  # (command, free pages) -> the file that does not fit; it waits
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, free", SMALL_FILES)
 def test_a_full_disk_is_said_with_the_file_and_what_is_free_for_small_files_too(
     name, free, fresh, pictures, disk, log, monkeypatch
@@ -735,6 +738,7 @@ def test_nothing_that_someone_else_put_into_a_runs_folder_is_touched(run, source
     assert {path: path.read_bytes() for path in foreign if path.exists()} == foreign
 
 
+@pytest.mark.slow
 def test_an_editors_swap_file_is_left_alone(run, tmp_path):
     """vim keeps what was not saved of report.json next to it, in .report.json.swp."""
     folder = copy(run, tmp_path)
@@ -842,6 +846,7 @@ LEAVES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, signum, code", LEAVES)
 def test_no_step_is_lost_because_nobody_reads_the_bar(kind, signum, code, fresh, run):
     """And none of what is printed lands in a file of the run."""
@@ -1308,6 +1313,7 @@ MISSING = {  # what was not downloaded -> the command that finds out, what its l
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", MISSING)
 def test_what_is_not_in_the_hubs_cache_is_named(missing, hub, pictures, tmp_path, log):
     name, message = MISSING[missing]
@@ -1617,6 +1623,7 @@ def poison(run, example):
             file.write(blob)
 
 
+@pytest.mark.slow
 def test_nan_ends_with_exit_code_4_as_often_as_it_is_met_and_the_last_good_state_stays(fresh, log):
     """A job queue that starts the run again must not get past it, nor lose what was good."""
     cache, values = Cache(fresh / "cache"), settings("train", train_batch_size=1, gradient_accumulation_steps=1)
@@ -1689,6 +1696,7 @@ BAD_WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_weights_that_do_not_fit_draw_nothing(case, run, tmp_path, log):
     """If half of them were loaded, they would draw what looks like a bad training; a pickle would do what it likes."""

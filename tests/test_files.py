@@ -206,6 +206,7 @@ def test_loading_gives_the_exported_weights_rank_and_alpha(dtype, file, _toy_une
             assert torch.equal(theirs, number.half().float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, alpha", [("attn", 4.0), ("attn", 6.0), ("attn", 1.0), ("attn-mlp", 6.0)])
 def test_diffusers_loads_the_file_to_the_same_output(layers, alpha, unet, _toy_unet, tmp_path):
     """At alpha = rank an alpha that the loader does not read would not show; 6 and 1 at rank 4 show it."""
@@ -415,6 +416,7 @@ def test_every_spelling_of_all_722_layers_is_read_as_the_same_layer(tool):
             assert spelled(stem + word) == (spelling, part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", SPELLINGS)
 @BOTH
 def test_a_file_of_another_tool_loads_to_the_same_weights(tool, layers, unet, _toy_unet, tmp_path):
@@ -545,6 +547,7 @@ def test_it_prints_what_a_file_is(file, capsys, tmp_path):
     assert all(f"{norm:.4g}" in said for norm in found.values())
 
 
+@pytest.mark.slow
 def test_it_refuses_in_one_line_without_a_model(file, tmp_path):
     """The real command: exit code 2, no traceback."""
     for words in ([], ["--help"], [tmp_path / "nothing"], [tmp_path]):

@@ -51,6 +51,7 @@ def test_a_precompute_that_has_nothing_to_do_imports_no_torch(pictures, tmp_path
     assert not modules & {"torch", "diffusers", "transformers", "datasets"}
 
 
+@pytest.mark.slow
 def test_train_imports_what_it_uses(cached, tmp_path):
     flags = ("--output_dir", tmp_path / "run", "--cache_dir", cached / "cache", *TRAIN, "--max_train_steps", 1)
     modules = imported("train", *flags, "--use_8bit_adam")

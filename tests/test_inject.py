@@ -360,7 +360,7 @@ def test_the_seed_decides_a(unet, _toy_unet):
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
 
 
-@BOTH
+@pytest.mark.parametrize("layers", ["attn", pytest.param("attn-mlp", marks=pytest.mark.slow)])
 def test_peft_trains_the_same(layers, unet, _toy_unet):
     """peft's LoRA with the same A and B, plain AdamW on its many tensors: 20 steps with the same losses, to 1e-5."""
     from peft import LoraConfig, inject_adapter_in_model

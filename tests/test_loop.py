@@ -113,6 +113,7 @@ SCHEDULES = [("constant_with_warmup", 3), ("cosine", 2)]
 SCHEDULES += [pytest.param(name, 0, marks=pytest.mark.slow) for name in ("constant", "linear")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, warmup", SCHEDULES)
 def test_the_learning_rate_is_the_schedulers(schedule, warmup, fresh):
     """diffusers' own scheduler stepped once per optimizer step, from its first value on."""
@@ -215,6 +216,7 @@ def test_deterministic_on_a_gpu_gives_the_same_bytes_twice_and_resumed(cached, t
 # ---- Stopping and going on
 
 
+@pytest.mark.slow
 def test_same_seed_two_folders_same_bytes(run, fresh):
     """One process started by python -m train, one here."""
     other = again(fresh, fresh.parent, "other")
@@ -279,6 +281,7 @@ def test_the_plan_may_change_between_runs(fresh, run):
     same_as_uninterrupted(fresh, run)
 
 
+@pytest.mark.slow
 def test_the_first_and_the_last_line_say_what_is_done(cached, tmp_path, capsys):
     """What one would ask a colleague: how many pictures and epochs, how large, from where, how long, and what next."""
     folder = again(cached, tmp_path, "talks")
@@ -428,6 +431,7 @@ def test_fp16_trains_close_to_fp32(fresh, tmp_path):
         assert [m[name] for m in half] == pytest.approx([m[name] for m in full], rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_overflow_is_skipped_halved_and_recovered_from(fresh, loss_scale):
     """Every skipped step halves the scale, every other keeps it; overflows are counted in a row."""
     loss_scale(2.0**24)

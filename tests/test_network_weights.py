@@ -43,6 +43,7 @@ def test_it_starts_from_the_weights_with_the_files_rank_and_alpha(fresh, start, 
     assert (identity["rank"], identity["lora_alpha"], len(identity["network_weights"])) == (4, 6, 16)
 
 
+@pytest.mark.slow
 def test_a_file_of_attn_mlp_is_trained_on_as_such(fresh, unet, tmp_path):
     export(inject_filled(unet, 2, 3.0, layers="attn-mlp"), tmp_path / FILE, Origin("x", "x", 64))
     train(fresh, "--network_weights", tmp_path / FILE, *STILL)
@@ -103,6 +104,7 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_written(fresh
     assert not (fresh / "run.json").exists() and not (fresh / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [2.3, 0.7])
 def test_an_alpha_that_fp32_or_fp16_rounds_is_the_same(alpha, fresh, start, tmp_path):
     """Our own export, given with the flag that it was made with."""

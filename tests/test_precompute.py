@@ -81,6 +81,7 @@ def test_text_is_the_captions(run):
     np.testing.assert_allclose(batch["pooled"], pooled, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [150, 225])
 def test_longer_captions_go_through_the_whole_line(length, cached, source, tmp_path, capsys):
     """precompute, train and infer agree on the length by the cache alone; what was encoded of 75 tokens stays."""
@@ -187,6 +188,7 @@ def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fre
     assert Cache(fresh / "cache").manifest["vae"]["name"] == str(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [0, 1, 35])
 def test_what_a_kill_leaves_is_finished_to_the_same_bytes(torn, pictures, tmp_path, small_batches):
     """There is no manifest, the keys end in the middle of one, and rows behind the last key count for nothing."""
@@ -225,6 +227,7 @@ def test_kill_9_in_the_middle(committed, pictures, tmp_path, small_batches):
     assert content(killed) == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_keeps_what_is_encoded_and_the_same_command_goes_on(
     signum, code, pictures, run, tmp_path, small_batches, monkeypatch

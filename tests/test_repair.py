@@ -97,6 +97,7 @@ def add_bad(source, names=tuple(BAD)):
     edit_captions(source, lambda _: rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--random_flip",)])
 def test_skip_bad_leaves_out_and_lists_exactly_the_bad(flags, source, tmp_path, capsys):
     precompute(tmp_path / "good", source, *flags)

@@ -47,6 +47,7 @@ def log(tmp_path):
     return tmp_path / "log"
 
 
+@pytest.mark.slow
 def test_what_differs_is_said_as_people_say_it_with_two_commands_that_go_on(fresh, source, tmp_path, log):
     """A hash there and a hash here tell nobody that it was the caption that he edited."""
     here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
@@ -123,6 +124,7 @@ def test_the_rows_that_changed_are_counted():
     ]
 
 
+@pytest.mark.slow
 def test_another_length_and_other_orders_are_said_as_such(fresh, source, tmp_path, log):
     """The model and the VAE are the same. A run whose rows.npz is of an earlier version has the words that it had."""
     here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
@@ -212,6 +214,7 @@ def seconds(*words):
     return time.perf_counter() - began
 
 
+@pytest.mark.slow
 def test_what_needs_no_model_is_refused_without_torch(run, tmp_path):
     """Importing it takes seconds. Measured against python with numpy, which the same machine has to start too."""
     base = min(seconds("train", "--nonsense") for _ in range(2))

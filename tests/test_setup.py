@@ -146,6 +146,7 @@ def give_virtualenv(machine):
     )
 
 
+@pytest.mark.slow
 def test_colab_whose_torch_is_used_and_nothing_else_of_it(tmp_path, index):
     """What is older there does not win, and what was not tried stays out of sight. It has no ensurepip."""
     old = list(OLD.items())
