@@ -90,7 +90,8 @@ class Machine:
         (self.bin / name).chmod(0o755)
 
     def environment(self):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+        ours = ("PIP_", "PYTHON", "MAKE", "MFLAGS")  # the last two where `make test` runs this
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         pip = dict(PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(self.index))
         return {**kept, **pip, "PATH": f"{self.bin}:/usr/bin:/bin"}
 
