@@ -320,7 +320,7 @@ def read_manifest(folder):
         same = False
     if not same:
         raise UserError(f"{path}: damaged, or of an earlier version; {REPAIR}")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise UserError(
             f"{path}: written by another version; run python -m data.precompute again, it keeps what it can use"
         )
