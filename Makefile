@@ -6,7 +6,6 @@ RUN    ?= runs/$(NAME)
 PYTHON ?= $(VENV)
 ARGS   ?=
 VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
-export RUN CACHE PICTURES  # recipes read "$$RUN", because the shell does not split what it reads from a variable in quotes
 
 # ---- Presets: the flags of each command, what it needs before, what comes after.
 
@@ -43,6 +42,10 @@ ifeq ($(suffix $(PRESET)),.mk)
 $(if $(wildcard $(PRESET)),,$(error PRESET=$(PRESET): no such file))
 include $(PRESET)
 endif
+
+# Recipes read "$$RUN", because the shell does not split what it reads from a variable in quotes. Behind PICTURES ?=, because
+# what is exported before has a value, an empty one.
+export RUN CACHE PICTURES
 
 # ---- Targets
 

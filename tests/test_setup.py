@@ -380,3 +380,21 @@ def test_pips_first_error_is_the_reason_and_the_network_is_named():
         "Could not find a version that satisfies the requirement x==1 (from versions: none) (the netw"
     )
     assert "name resolution" in error
+
+
+def test_a_presets_pictures_have_their_default():
+    """Exported before it is read, the variable would be empty and the default never be taken."""
+    said = subprocess.run(["make", "-np", "PRESET=mine"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "\nPICTURES = my_pictures\n" in said or "\nPICTURES := my_pictures\n" in said
+
+
+@pytest.mark.slow
+def test_half_a_pip_is_made_anew(tmp_path, index):
+    """As an interrupt in the middle of ensurepip leaves it: it can be imported, and installs nothing."""
+    machine = Machine(tmp_path, index)
+    machine.make()
+    (vendor,) = machine.clone.glob(".venv/lib/*/site-packages/pip/_vendor/rich")
+    shutil.rmtree(vendor)
+    (machine.clone / ".venv" / "installed").unlink()
+    machine.make()
+    assert vendor.is_dir()

@@ -107,6 +107,8 @@ def fits():
         except PackageNotFoundError:
             wrong.append(f"{name} is not installed")
     if wrong:
+        if os.path.basename(sys.prefix) == ".venv":
+            raise UserError(f"{'; '.join(wrong)}: .venv is damaged; make clean, then make again")
         raise UserError(
             f"{'; '.join(wrong)}: {sys.executable} -m pip install -r requirements.txt -c constraints.txt, or leave "
             "PYTHON= out and make builds .venv"
@@ -140,9 +142,10 @@ def tested_python(minor):
 
 def build():
     """Make .venv, or go on with the one that is there. Raises UserError where nothing can make one."""
+    if has_pip():
+        return
+    shutil.rmtree(".venv", ignore_errors=True)  # what an interrupted one left, half a pip for example
     for name, command in BUILDERS:
-        if has_pip():
-            return
         os.makedirs(".venv", exist_ok=True)
         with open(LOG, "a") as log:
             try:
@@ -160,10 +163,11 @@ def build():
 
 def has_pip():
     """Whether .venv is there and can install. Raises UserError when it is another Python's."""
-    minor = answer(PYTHON, "import pip, sys; print(sys.version_info[1])")
+    minor = answer(PYTHON, "import sys; print(sys.version_info[1])")
     if minor and minor != str(MINOR):
         raise UserError(f".venv is Python 3.{minor}, python3 is 3.{MINOR}; make clean, then make again")
-    return bool(minor)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return bool(minor) and subprocess.call([PYTHON, "-m", "pip", "--version"], **quiet) == 0
 
 
 def site_packages():
@@ -308,6 +312,9 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.code)
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}; this folder must be one that you can write", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

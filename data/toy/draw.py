@@ -7,8 +7,11 @@ The metadata is written last, so a folder that has it is complete, and drawing i
 import argparse
 import json
 import os
+import sys
 from itertools import count
 from pathlib import Path
+
+from data.common import safe
 
 from .world import PROMPTS, caption, parse, random_scene, render
 
@@ -56,4 +59,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    safe.run(main, sys.argv[1:])
