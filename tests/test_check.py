@@ -38,6 +38,7 @@ VERSIONS = [(None, "diffusers is not installed"), ("0.99", "diffusers is 0.99, t
 
 @pytest.mark.parametrize("version, message", VERSIONS)
 def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version, message, monkeypatch):
+    monkeypatch.setattr("sys.prefix", "/usr")
     real = importlib.metadata.version
 
     def lookup(name):
@@ -49,6 +50,9 @@ def test_a_package_that_is_missing_or_untested_is_named_with_the_command(version
 
     monkeypatch.setattr(importlib.metadata, "version", lookup)
     with pytest.raises(UserError, match=f"{message}.*pip install -r requirements.txt -c constraints.txt"):
+        setup.fits()
+    monkeypatch.setattr("sys.prefix", "/somewhere/.venv")  # which make has built
+    with pytest.raises(UserError, match=f"{message}.*make clean, then make again"):
         setup.fits()
 
 
