@@ -144,7 +144,8 @@ class Model:
         if name in there:
             return replace(described, single=Path(self.name))
         others = Model(self.config, None, self.variant) if self.config else None
-        if others and not (others.is_local() and not _weights_of(Path(self.config) / name)):
+        variants = (self.variant, None)
+        if others and (not others.is_local() or any(_weights(Path(self.config) / name, v) for v in variants)):
             return others.component(name)
         nor = f", nor in {self.config}" if others else ""
         flag = FLAGS.get(name, "--model_config")
@@ -306,11 +307,6 @@ def _patterns(folder, variant, stem):
     """Patterns of weight files: one file `stem.fp16.safetensors`, or shards `stem.fp16-00001-of-00002.safetensors`."""
     suffix = f".{variant}" if variant else ""
     return [folder / f"{stem}{suffix}{shard}.safetensors" for shard in ("", "-*-of-*")]
-
-
-def _weights_of(folder):
-    """The files of weights in a component's folder, of any variant."""
-    return [file for stem in set(STEMS.values()) for file in folder.glob(f"{stem}*.safetensors")]
 
 
 def _weights(folder, variant):

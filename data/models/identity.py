@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data.common.disk import sha256_file
 from data.common.errors import UserError
 from data.common.fields import Rule, each, text, whole
+from data.models import single
 from data.models.schema import CONFIGS
 from data.models.tensors import header
 
@@ -79,7 +80,9 @@ def check_unchanged(there, model, vae_model, advice):
         now = identity(component, then)
         for what, words in (("config", "another config"), ("content", "other content")):
             if now[what] != then[what]:
-                where = component.folder if str(component.folder).startswith(source.name) else source.name
+                # a single file tells of its scheduler too, whose config lies in somebody else's folder
+                of_the_file = single.is_file(source.name) and (component.single or not component.files())
+                where = source.name if of_the_file else component.folder
                 raise UserError(f"{where}: this {name} has {words} than before; {advice}")
     return {name: fingerprint(then) for name, then in there.items()}
 
