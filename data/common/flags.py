@@ -159,6 +159,9 @@ class Train:
     cache_dir: str | None = flag(None, "the cache's folder; default: the one the run began with, else RUN/cache")
     restart: bool = flag(False, "move what the run has to RUN/earlier-N and start at step 0")
     checkpointing_steps: int = flag(100, "save state and weights every N steps", at_least=1, at_most=MOST)
+    validation_steps: int | None = flag(
+        None, "look at what was learned every N steps, besides at every save", at_least=1, at_most=MOST
+    )
 
 
 @dataclass(frozen=True)
