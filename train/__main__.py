@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from data import check
 from data.common import door, safe
+from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
 
@@ -27,6 +28,7 @@ def main(argv):
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
+                something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
                 with lean("transformers"):
                     from train.loop import train
@@ -35,6 +37,12 @@ def main(argv):
             except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
+
+
+def something_to_look_at(settings, manifest):
+    """Raise UserError for --validation_steps where the cache, whose manifest it is, has nothing for them."""
+    if settings.validation_steps and not manifest["held_out"]:
+        raise UserError("--validation_steps: no picture is held out; run precompute with a --validation_fraction first")
 
 
 if __name__ == "__main__":

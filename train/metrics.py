@@ -33,8 +33,7 @@ class Metrics:
         line = dict(
             step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device)
         )
-        # null instead of infinity, which JSON does not have
-        line = {name: number if math.isfinite(number) else None for name, number in line.items()}
+        line = without_infinity(line)
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -62,6 +61,15 @@ class Metrics:
         self.bar.close()
         with naming(self.path):
             self.file.close()
+
+
+def without_infinity(value):
+    """The value with None for every number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: without_infinity(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [without_infinity(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line):

@@ -96,7 +96,7 @@ def held_out_loss(run, model, vae_model, scaling_factor):
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         predicted = unet(diffusion.add_noise(x0, eps, t, alpha_bar), t, text, added_cond_kwargs=conditions).sample
         wanted = diffusion.target(x0, eps, t, alpha_bar, prediction_type)
-        losses[name] = round(diffusion.loss(predicted, wanted, torch.ones(HELD_OUT)).item(), 5)
+        losses[name] = round(diffusion.squared_error(predicted, wanted).mean().item(), 5)
     return losses
 
 
