@@ -193,6 +193,7 @@ def test_learning_by_heart_shows(pictures, tmp_path):
     run = tmp_path / "run"
     precompute(run, pictures, "--validation_fraction", 0.5)
     long = ("--max_train_steps", 200, "--checkpointing_steps", 10, "--rank", 32, "--learning_rate", 2e-3)
+    long += ("--lora_alpha", 32)
     batch = ("--train_batch_size", 4, "--gradient_accumulation_steps", 1)
     here("train", "--output_dir", run, *TRAIN, *long, *batch)
     found = measured(run)

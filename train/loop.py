@@ -69,11 +69,12 @@ def train(settings, folder):
             done, scale = step + 1, run.scaler.get_scale()
             numbers = dict(loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows)
             metrics.log(done, images_per_step, **numbers, **run.validation.measure(done, stop))
-            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
+            signal = stop.received  # asked once, because one that comes after the save is the next step's
+            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or signal:
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
-            if stop.received and done < settings.max_train_steps:
-                raise Stopped(stop.received, announce.stopped(run, done))
+            if signal and done < settings.max_train_steps:
+                raise Stopped(signal, announce.stopped(run, done))
     export_weights(run, "lora")
     announce.after(run, metrics.seconds())
 
