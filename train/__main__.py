@@ -1,10 +1,12 @@
 """python -m train: what can be refused without torch first, then the seconds that importing it takes."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from data import check
-from data.common import door, safe
+from data.common import door, ranks, safe
 from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
@@ -14,7 +16,10 @@ WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
-    with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
+    shared_out(settings.gradient_accumulation_steps)
+    first = not ranks.index()
+    held = door.hold(settings.output_dir, "--output_dir", WRITES) if first else nullcontext(Path(settings.output_dir))
+    with held as run:
         from data.cache import cache_folder, read_manifest
         from train import same_run
         from train.epochs import in_steps
@@ -37,6 +42,16 @@ def main(argv):
             except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
+
+
+def shared_out(slots):
+    """Raise UserError when the ranks cannot share a step's micro-steps evenly."""
+    if slots % ranks.count():
+        fit = [n for n in range(1, 4 * ranks.count() + 1) if n % ranks.count() == 0][:3]
+        raise UserError(
+            f"--gradient_accumulation_steps {slots}: these are a step's micro-steps on all GPUs together, and "
+            f"{ranks.count()} GPUs must share them evenly: choose {', '.join(map(str, fit))} …"
+        )
 
 
 def something_to_look_at(settings, manifest):
