@@ -180,7 +180,7 @@ def _loss(runs, fine):
     curves, shown = [], []
     for n, (steps, values) in _with(runs, "loss"):
         means = running_mean(values, _span(steps))
-        curves.append(Curve(n, steps, means, (steps, values) if fine and means != values else None))
+        curves.append(Curve(n, steps, means, (steps, values) if fine and _span(steps) > 1 else None))
         shown += means
         if fine:  # a few steps far from the others would press all of them flat; those are drawn at the edge
             cut = len(values) // 200
@@ -243,10 +243,13 @@ def _range(values):
 
 
 def running_mean(values, span):
-    """The mean of `span` values around each, an odd number; at the ends of those that are there."""
-    sums, half = [0.0, *accumulate(values)], span // 2
+    """The mean of `span` values around each, an odd number; at the ends of those that are there.
+
+    Summed in whole numbers of 2**-60, which are exact, so that one huge value leaves nothing behind.
+    """
+    sums, half = [0, *accumulate(round(value * 2.0**60) for value in values)], span // 2
     ends = ((max(0, n - half), min(len(values), n + half + 1)) for n in range(len(values)))
-    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
+    return [(sums[end] - sums[start]) / ((end - start) << 60) for start, end in ends]
 
 
 def thinned(steps, values, stretches):
@@ -266,13 +269,11 @@ def _steps_axis(runs):
 
 
 def words(value, small=1e-4):
-    """A number as people write it: 65,536, -0.0123, and 1e-5 where it is less than `small`."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if 0 < abs(value) < small:
+    """A number as people write it: 65,536, -0.0123; and 1e-5 where it is less than `small`, 1e9 where it is long."""
+    if value and not small <= abs(value) < 1e7:
         power = math.floor(math.log10(abs(value) * (1 + 1e-9)))
         return f"{value / 10.0**power:.3g}e{power}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def labelled(ticks):

@@ -75,9 +75,9 @@ class Metrics:
 
     def __exit__(self, *_):
         self.bar.close()
+        self.trackers.close()
         with naming(self.path):
             self.file.close()
-        self.trackers.close()
 
 
 def _strict(value):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.common.disk import atomic_write
 from data.common.errors import UserError, one_line
+from data.common.imports import without
 from train.curves import flat
 
 NOT_TOLD = {"cache_dir", "restart", "report_to"}  # a place on this machine, and what is not about the training
@@ -59,14 +60,15 @@ class Trackers:
 class TensorBoard:
     """RUN/tensorboard, a file of events for each time that the run was started.
 
-    Each step is written at once. torch's SummaryWriter makes the same file in a thread of its own, whose errors nobody
-    can catch, and imports TensorFlow where that is installed.
+    Each step is written at once. torch's SummaryWriter makes the same file in a thread of its own, which prints a
+    traceback where a disk is full.
     """
 
     def begin(self, folder, start, settings):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from torch.utils.tensorboard import RecordWriter, summary
+        with without("tensorflow"):  # imported wherever it is installed, for seconds, and not needed
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from torch.utils.tensorboard import RecordWriter, summary
 
         self.Event, self.Summary, self.RecordWriter, self.summary = Event, Summary, RecordWriter, summary
         folder = folder / "tensorboard"
