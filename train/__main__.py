@@ -8,12 +8,14 @@ from data.common import door, safe
 from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
+from train import trackers
 
 WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
+    trackers.check_installed(settings.report_to)
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
         from train import same_run

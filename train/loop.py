@@ -34,6 +34,7 @@ from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
 from train.same_run import begin, identity_of, remember
 from train.state import need_room, read_state, restore, save_state
+from train.trackers import Trackers
 from train.validate import Validation
 
 
@@ -47,7 +48,8 @@ def train(settings, folder):
 
     announce.before(run)
     health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
-    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device) as metrics:
+    trackers = Trackers(settings.report_to, folder, run.start, settings)
+    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device, trackers) as metrics:
         for step in range(run.start, settings.max_train_steps):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()

@@ -1,4 +1,4 @@
-"""Every flag of the three commands, once: its name, default and meaning on one line. Standard library only.
+"""Every flag of the commands, once: its name, default and meaning on one line. Standard library only.
 
 The names are those of diffusers' training scripts. A flag given to the wrong command is answered with the right one.
 """
@@ -13,12 +13,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from data.common.errors import UserError, is_text
 
 
-def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
-    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded."""
-    return field(
-        default=default,
-        metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above),
-    )
+def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None, positional=False):
+    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded.
+
+    positional: its words stand on the command line without its name.
+    """
+    bounds = dict(choices=choices, at_least=at_least, at_most=at_most, above=above)
+    return field(default=default, metadata=dict(meaning=meaning, positional=positional, **bounds))
 
 
 MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must not become a step that never ends
@@ -27,6 +28,7 @@ DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of
 PRECISIONS = ("no", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v_prediction")
 LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
+TRACKERS = ("tensorboard", "wandb")  # their packages' names; what train/trackers.py's KINDS has
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -162,6 +164,19 @@ class Train:
     validation_steps: int | None = flag(
         None, "look at what was learned every N steps, besides at every save", at_least=1, at_most=MOST
     )
+    report_to: tuple[str, ...] | None = flag(
+        None,
+        "show numbers, pictures and settings there as well: in RUN/tensorboard, at wandb.ai or both",
+        choices=TRACKERS,
+    )
+
+
+@dataclass(frozen=True)
+class Curves:
+    """python -m train.metrics RUN …: the curves of RUN/metrics.jsonl, in the terminal and as a picture"""
+
+    run: tuple[str, ...] = flag(MISSING, "the folders of one to eight runs", positional=True)
+    output: str | None = flag(None, "the picture, a .png; default: the first run's RUN/curves.png")
 
 
 @dataclass(frozen=True)
@@ -185,7 +200,7 @@ class Infer:
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
-COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
+COMMANDS = {"data.precompute": Precompute, "train": Train, "train.metrics": Curves, "infer": Infer}
 
 
 def _is_file(name):
@@ -232,6 +247,7 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             "--vram_gib: does nothing next to --gradient_checkpointing, which recomputes everything; use one of them",
         ),
     ],
+    Curves: [],
     Infer: [
         *(
             (
@@ -264,12 +280,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def spelled(f):
+    """How a flag is written: --name, or NAME where its words stand alone."""
+    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
+
+
 def parse(command, argv):
     """argv -> the command's frozen settings. Raises UserError naming a flag that is unknown, missing or wrong."""
     settings = COMMANDS[command]
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
-        parser.add_argument(f"--{f.name}", **_argument(f))
+        parser.add_argument(f.name if f.metadata["positional"] else spelled(f), **_argument(f))
     for word in argv:  # before argparse takes such a word for one more prompt
         _refuse_typographic(word)
     values, unknown = parser.parse_known_args(argv)
@@ -289,8 +310,11 @@ def _argument(f):
     required = f.default is MISSING
     if f.type is bool:
         return dict(action="store_true", help=f.metadata["meaning"])
-    if f.type == tuple[str, ...]:
-        return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
+    if f.metadata["positional"]:
+        return dict(nargs="+", metavar=spelled(f), help=f.metadata["meaning"])
+    if tuple[str, ...] in (f.type, *typing.get_args(f.type)):
+        facts = dict(choices=f.metadata["choices"], help=f.metadata["meaning"])
+        return dict(nargs="+", action="extend", required=required, **facts, **default)
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
     return dict(
@@ -310,7 +334,7 @@ def _refuse_typographic(word):
 
 
 def _names(*commands):
-    return [f.name for command in commands for f in fields(COMMANDS[command])]
+    return [f.name for command in commands for f in fields(COMMANDS[command]) if not f.metadata["positional"]]
 
 
 def _nearest(name, names):
@@ -330,20 +354,20 @@ def _unknown(command, word):
 def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
-            raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
+            raise UserError(f"{spelled(f)} {ascii(word)}: not UTF-8")
         if word == "" and f.name not in ("prompt", "negative_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
-            raise UserError(f"--{f.name}: empty")
+            raise UserError(f"{spelled(f)}: empty")
     if value is None or isinstance(value, (bool, str, list)):
         return
     bounds = f.metadata
     if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"--{f.name} {value}: must be a finite number")
+        raise UserError(f"{spelled(f)} {value}: must be a finite number")
     if isinstance(value, float) and value and not FP32[0] <= abs(value) <= FP32[1]:
-        raise UserError(f"--{f.name} {value}: beyond fp32, which reaches from {FP32[0]:.2g} to {FP32[1]:.2g}")
+        raise UserError(f"{spelled(f)} {value}: beyond fp32, which reaches from {FP32[0]:.2g} to {FP32[1]:.2g}")
     if bounds["at_least"] is not None and value < bounds["at_least"]:
-        raise UserError(f"--{f.name} {value}: must be at least {bounds['at_least']}")
+        raise UserError(f"{spelled(f)} {value}: must be at least {bounds['at_least']}")
     if bounds["at_most"] is not None and value > bounds["at_most"]:
-        raise UserError(f"--{f.name} {value}: must be at most {bounds['at_most']}")
+        raise UserError(f"{spelled(f)} {value}: must be at most {bounds['at_most']}")
     if bounds["above"] is not None and value <= bounds["above"]:
-        raise UserError(f"--{f.name} {value}: must be above {bounds['above']}")
+        raise UserError(f"{spelled(f)} {value}: must be above {bounds['above']}")
