@@ -91,6 +91,9 @@ class Precompute:
     validation_fraction: float = flag(
         0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5
     )
+    validation_prompt: tuple[str, ...] = flag(
+        (), "prompts, 16 at most, that training draws at its saves, into RUN/samples"
+    )
     skip_bad: bool = flag(
         False, "leave out rows that cannot be used, and list them in the manifest, instead of stopping"
     )
@@ -290,6 +293,7 @@ def _argument(f):
     if f.type is bool:
         return dict(action="store_true", help=f.metadata["meaning"])
     if f.type == tuple[str, ...]:
+        default = {name: list(values) for name, values in default.items()}  # argparse adds what is given to it
         return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
@@ -331,7 +335,7 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
-        if word == "" and f.name not in ("prompt", "negative_prompt"):
+        if word == "" and f.name not in ("prompt", "negative_prompt", "validation_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
             raise UserError(f"--{f.name}: empty")
     if value is None or isinstance(value, (bool, str, list)):
