@@ -8,7 +8,7 @@ from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
 
-WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
@@ -28,7 +28,8 @@ def main(argv):
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
                 settings = in_steps(settings, cache, argv)
-                with lean("transformers"):
+                # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
+                with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
 
                 train(settings, run)
