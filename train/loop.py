@@ -70,12 +70,15 @@ def train(settings, folder):
             metrics.log(
                 done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
             )
-            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
+            stopping = (
+                stop.received
+            )  # a signal that comes after this is for the next step, because this one may be unsaved
+            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stopping:
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
             run.samples.draw(done, stop)
-            if stop.received and done < settings.max_train_steps:
-                raise Stopped(stop.received, announce.stopped(run, done))
+            if stopping and done < settings.max_train_steps:
+                raise Stopped(stopping, announce.stopped(run, done))
     export_weights(run, "lora")
     announce.after(run, metrics.seconds())
 

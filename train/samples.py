@@ -100,11 +100,10 @@ def memory(unet, vae, resolution, dtype):
     unet, vae: configs. resolution: the picture's side, pixels. dtype: the UNet's.
 
     The UNet computes two latents at once, with the prompt and without it, and keeps nothing for a backward. Counted in
-    tensors (2, 320, h, w), as wide as its first level, 14 are alive in its last level, where it needs the most: 5 of
-    skip connections, 2 of input, 3 of both side by side, 3 of their norm, 1 of output. Copies in another layout and a
-    convolution's workspace may take as many again, so 24 are counted.
-    The decoder computes one tile, up to (1, 256, TILE, TILE): what was enlarged, its convolution, and a resnet's norm,
-    activation, inner and outer output, so 6. A VAE that overflows in half precision is decoded in fp32.
+    tensors (2, 320, h, w), as wide as its first level, 13 are alive in its last level, where it needs the most: skip
+    connections, the input with one of them, and their norm. The decoder computes one tile, of which 3 tensors (1, 256,
+    TILE, TILE) are alive. Copies in another layout and a convolution's workspace may take as many again, so that almost
+    twice as many are counted. A VAE that overflows in half precision is decoded in fp32.
     One comes after the other, so the larger of the two counts, and the decoder's weights.
     """
     upcast = vae["force_upcast"] and dtype == torch.float16
