@@ -17,7 +17,7 @@ from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from data.progress import progress
 from infer.grid import grid
-from infer.sample import make_pipeline, noise, sample
+from infer.sample import make_pipeline, noise, sample, write_png
 from lora import files
 
 
@@ -151,8 +151,3 @@ def encode(encoders, model, prompts, negative_prompt):
 def difference(a, b):
     """Mean absolute difference of two pictures, 0 to 255."""
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
-
-
-def write_png(picture, path):
-    with atomic_write(path) as file:
-        picture.save(file, "PNG")

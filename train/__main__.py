@@ -10,7 +10,7 @@ from data.common.flags import parse
 from data.common.imports import lean
 from train import trackers
 
-WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
@@ -32,7 +32,8 @@ def main(argv):
                     same_run.check_at_the_door(run, settings, manifest)
                 something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
-                with lean("transformers"):
+                # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
+                with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
 
                 train(settings, run)

@@ -93,6 +93,9 @@ class Precompute:
     validation_fraction: float = flag(
         0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5
     )
+    validation_prompt: tuple[str, ...] = flag(
+        (), "prompts, 16 at most, that training draws at its saves, into RUN/samples"
+    )
     skip_bad: bool = flag(
         False, "leave out rows that cannot be used, and list them in the manifest, instead of stopping"
     )
@@ -313,6 +316,7 @@ def _argument(f):
     if f.metadata["positional"]:
         return dict(nargs="+", metavar=spelled(f), help=f.metadata["meaning"])
     if tuple[str, ...] in (f.type, *typing.get_args(f.type)):
+        default = {name: values and list(values) for name, values in default.items()}  # argparse adds to it
         facts = dict(choices=f.metadata["choices"], help=f.metadata["meaning"])
         return dict(nargs="+", action="extend", required=required, **facts, **default)
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
@@ -355,7 +359,7 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"{spelled(f)} {ascii(word)}: not UTF-8")
-        if word == "" and f.name not in ("prompt", "negative_prompt"):
+        if word == "" and f.name not in ("prompt", "negative_prompt", "validation_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
             raise UserError(f"{spelled(f)}: empty")
     if value is None or isinstance(value, (bool, str, list)):
