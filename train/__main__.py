@@ -44,8 +44,11 @@ def main(argv):
 
 def something_to_look_at(settings, manifest):
     """Raise UserError for --validation_steps where the cache, whose manifest it is, has nothing for them."""
-    if settings.validation_steps and not manifest["held_out"]:
-        raise UserError("--validation_steps: no picture is held out; run precompute with a --validation_fraction first")
+    if settings.validation_steps and not manifest["held_out"] and not manifest["validation_prompts"]:
+        raise UserError(
+            "--validation_steps: the cache has no picture held out and no prompt to draw; "
+            "run precompute with a --validation_fraction or a --validation_prompt first"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from data.common.errors import MachineError, NumbersError, out_of_memory
 from data.common.flags import Infer
 from data.common.imports import lean
+from data.common.words import shortened
 from train.validate import due
 
 TILE = 512  # pixels: the side of the squares that a larger picture is decoded in, a quarter of each over its neighbour
@@ -35,7 +36,7 @@ class Samples:
         self.memory = memory(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
 
     def draw(self, done, stop):
-        """The pictures after `done` steps, where it is time for them -> {path of the file: picture (PIL)}
+        """The pictures after `done` steps, where it is time for them -> {prompt's index and words: picture (PIL)}
 
         stop: safe.Signals; a signal ends it after the picture that is under way. Where the memory is too small or a
         picture's numbers are not finite, the first time is said in one line, and the run goes on.
@@ -74,9 +75,8 @@ class Samples:
                 return
             latents = noise(Infer.seed, prompt, (self.unet.config.in_channels, side, side))
             picture = sample(pipeline, embeddings, latents, steps, Infer.guidance_scale)
-            path = self.folder / f"{step}_{i}.png"
-            write_png(picture, path)
-            pictures[path] = picture
+            write_png(picture, self.folder / f"{step}_{i}.png")
+            pictures[f"{i} {shortened(prompt)}"] = picture
 
     def _warn(self, words):
         if not self.warned:

@@ -316,7 +316,7 @@ def _argument(f):
     if f.metadata["positional"]:
         return dict(nargs="+", metavar=spelled(f), help=f.metadata["meaning"])
     if tuple[str, ...] in (f.type, *typing.get_args(f.type)):
-        default = {name: values and list(values) for name, values in default.items()}  # argparse adds to it
+        default = {name: values if values is None else list(values) for name, values in default.items()}
         facts = dict(choices=f.metadata["choices"], help=f.metadata["meaning"])
         return dict(nargs="+", action="extend", required=required, **facts, **default)
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
