@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -133,6 +134,8 @@ def test_thinning_loses_no_peak():
 def test_ticks_are_few_round_and_within(axis):
     ticks = axis.ticks(6)
     assert 2 <= len(ticks) <= 7
+    steps = {f"{after / before if axis.base else after - before:.0e}" for before, after in zip(ticks, ticks[1:])}
+    assert len(steps) == 1 and steps.pop()[0] in ("1248" if axis.base else "125")
     assert all(axis.low * (1 - 1e-9) - 1e-9 <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
     texts = [text for _, text in curves.labelled(ticks)]
     assert len(set(texts)) == len(ticks)
@@ -157,6 +160,21 @@ def test_a_falling_loss_falls_from_left_to_right_and_every_dot_is_where_its_valu
     assert columns[0] <= 2 and columns[-1] == 66 and len(columns) >= 60
     assert [heights[column] for column in columns] == sorted(heights.values())
     assert heights[columns[0]] == 0 and heights[columns[-1]] == curves.ROWS - 1
+
+
+def test_braille_has_its_dots_where_unicode_says(tmp_path):
+    """By the characters' names, such as BRAILLE PATTERN DOTS-178."""
+    found = series(read(write(tmp_path, 500, lambda n: dict(loss=math.sin(n / 40)))))
+    rows = chart(curves.in_characters(["x"], [found], unicode=True, colours=False), "loss")
+    places = {"1": (0, 0), "2": (0, 1), "3": (0, 2), "4": (1, 0), "5": (1, 1), "6": (1, 2), "7": (0, 3), "8": (1, 3)}
+    dots = set()
+    for row, line in enumerate(rows):
+        for column, cell in enumerate(line.rstrip()):
+            for dot in unicodedata.name(cell).partition("DOTS-")[2]:
+                dots.add((2 * column + places[dot][0], 4 * row + places[dot][1]))
+    panel = panels([found], fine=False)[0]
+    size = (2 * (curves.WIDTH - curves.LABELS - 2), 4 * curves.ROWS)
+    assert dots == set(curves._dots(panel.curves[0], Axis(0, 500), panel.axis, *size))
 
 
 def test_several_runs_have_a_letter_each(tmp_path):
