@@ -39,18 +39,8 @@ def compare(settings, run, loras, command):
     `settings` is flags.Infer, `run` the run's folder, `loras` what loras.find gave. command: how this was called.
     """
     model, vae_model, resolution, unet_print = models(settings, run)
-    contents = [lora.contents for lora in loras]
-    for lora in loras:
-        files.read(lora.path)  # all of it is looked at now; after hours of drawing would be late
-        lora.contents.check_width(model.component("unet").config()["cross_attention_dim"])
-    if not unet_print and model.is_local() and any(of.fingerprint for of in contents):
-        unet_print = fingerprint(identity(model.component("unet")))
-    for of in {
-        (of.base, of.fingerprint, of.prediction_type): of for of in contents
-    }.values():  # a run's saves say it once
-        warn_of_another_base(of, model, unet_print)
-        of.warn_of_another_prediction(model.component("scheduler").config()["prediction_type"])
-    warn_of_trigger_words(contents, settings.prompt, settings.unrelated_prompt or ())
+    hold_to(model, loras, unet_print)
+    warn_of_trigger_words(loras, settings.prompt, settings.unrelated_prompt or ())
     check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
@@ -66,8 +56,8 @@ def compare(settings, run, loras, command):
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
     unet = load(UNet2DConditionModel, model.component("unet"), dtype, device, fuse_projections)
-    for of in contents:
-        files.check(unet, of)
+    for lora in loras:
+        files.check(unet, lora.contents)
     pipeline = make_pipeline(model, unet, vae_model)
     side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
     starts = [noise(settings.seed, prompt, (unet.config.in_channels, side, side)) for prompt in prompts]
@@ -76,9 +66,8 @@ def compare(settings, run, loras, command):
     remove_what_an_earlier_call_left(folder)
     scales = list(dict.fromkeys(settings.lora_scale or [1.0]))
     count = 1 + len(loras) * len(scales)
-    print(
-        f"{many(count, 'row')} of {many(len(prompts), 'prompt')}: {many(count * len(prompts), 'picture')}", flush=True
-    )
+    pictures = many(count * len(prompts), "picture")
+    print(f"{many(count, 'row')} of {many(len(prompts), 'prompt')}: {pictures}", flush=True)
     with progress("compare", "picture", count * len(prompts)) as bar:
         how = settings.num_inference_steps, settings.guidance_scale
         drawing = Drawing(pipeline, list(zip(embeddings, starts)), how, folder, bar)
@@ -86,12 +75,9 @@ def compare(settings, run, loras, command):
         for lora in loras:
             label = lora.label if settings.lora_path else "LoRA"
             rows += rows_of_lora(drawing, lora, label, scales, len(rows))
-    groups = [(None, settings.prompt)]
-    if settings.unrelated_prompt:
-        groups = [("prompts", settings.prompt), (UNRELATED, settings.unrelated_prompt)]
-    write_png(
-        grid([(row["label"], [folder / name for name in row["pictures"]]) for row in rows], groups), folder / "grid.png"
-    )
+    groups = [("prompts", settings.prompt), (UNRELATED, settings.unrelated_prompt)]
+    paths = [(row["label"], [folder / name for name in row["pictures"]]) for row in rows]
+    write_png(grid(paths, groups if settings.unrelated_prompt else [(None, settings.prompt)]), folder / "grid.png")
     report = dict(
         prompts=settings.prompt,
         unrelated_prompts=settings.unrelated_prompt or (),
@@ -103,7 +89,7 @@ def compare(settings, run, loras, command):
         resolution=[side * pipeline.vae_scale_factor] * 2,
         command=command,
         rows=rows,
-        lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),
+        lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),  # of the first LoRA, as is the next
         mean_pixel_change=rows[1]["mean_pixel_change"],
         median_s_per_picture=float(np.median(drawing.seconds)),
         peak_gib=torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
@@ -111,7 +97,26 @@ def compare(settings, run, loras, command):
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
     print(table(rows, len(settings.prompt)))
-    print(f"{folder / 'grid.png'}: base and {many(count - 1, 'row')} with a LoRA, of {many(len(prompts), 'prompt')}")
+    print(f"{folder / 'grid.png'}: the base and {many(count - 1, 'row')} with a LoRA")
+
+
+def hold_to(model, loras, unet_print):
+    """Look at all of every file now, because after hours of drawing it would be late, and hold it to the base.
+
+    Raises UserError when one is damaged or for another architecture; says it when one was trained on another base.
+    unet_print: the UNet's fingerprint, where it is known.
+    """
+    if not unet_print and model.is_local() and any(lora.contents.fingerprint for lora in loras):
+        unet_print = fingerprint(identity(model.component("unet")))
+    said = set()
+    for contents in (lora.contents for lora in loras):
+        files.read(contents.path)
+        contents.check_width(model.component("unet").config()["cross_attention_dim"])
+        source = contents.base, contents.fingerprint, contents.prediction_type
+        if source not in said:  # all saves of a run have one
+            warn_of_another_base(contents, model, unet_print)
+            contents.warn_of_another_prediction(model.component("scheduler").config()["prediction_type"])
+        said.add(source)
 
 
 @dataclass
@@ -129,7 +134,7 @@ class Drawing:
     seconds: list = field(default_factory=list)
 
     def row(self, name):
-        """Draw all prompts with the UNet as it is now -> folder/name_i.png, and how much they differ from the base's."""
+        """Draw all prompts with the UNet as it is now: folder/name_i.png. -> what report.json says of them"""
         pictures, changes = [], []
         for i, (embedded, start) in enumerate(self.inputs):
             began = time.perf_counter()
@@ -180,9 +185,10 @@ def table(rows, count):
     return "\n".join(lines)
 
 
-def warn_of_trigger_words(contents, prompts, unrelated):
+def warn_of_trigger_words(loras, prompts, unrelated):
     """Say it when no prompt has the word that calls for what a LoRA learned, or one that should not have it has it."""
-    for word in dict.fromkeys(filter(None, (of.metadata.get("modelspec.trigger_phrase") for of in contents))):
+    words = (lora.contents.metadata.get("modelspec.trigger_phrase") for lora in loras)
+    for word in dict.fromkeys(filter(None, words)):
         has = [word.lower() in prompt.lower() for prompt in (*prompts, *unrelated)]
         if not any(has[: len(prompts)]):
             print(f"warning: no --prompt has the trigger word {shortened(word)} that the LoRA was trained with")

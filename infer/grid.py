@@ -48,7 +48,7 @@ def grid(rows, groups):
 
 
 def _block(labels, pictures, prompts, heading, cell, left, letters):
-    """labels: lines of each row's label. pictures: [[paths] of the row]. left: where the pictures begin. -> PIL image"""
+    """-> PIL image. labels: each row's, in lines. pictures: each row's paths. left: where the pictures begin."""
     above = [_wrap(prompt or '""', letters, cell - 8) for prompt in prompts]
     title = Letters(HEADING)
     top = (HEADING + 24 if heading else 0) + max(map(len, above)) * LINE + 4

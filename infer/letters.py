@@ -40,8 +40,11 @@ class Letters:
         """
         out, named = "", False
         for char in _with_shapes(text):
-            is_mark = unicodedata.category(char)[0] == "M" and char != _EMOJI
-            if char in (" ", _EMOJI, _JOINER) or _font(self.size, char) and not (is_mark and named):
+            is_mark = unicodedata.category(char)[0] == "M"
+            if char in (_EMOJI, _JOINER):
+                out += "" if named else char
+                continue
+            if char == " " or _font(self.size, char) and not (is_mark and named):
                 out, named = out + char, False
                 continue
             plain = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
@@ -156,7 +159,7 @@ def _shape(font, char):
 
 @functools.cache
 def _opened(path, size):
-    """-> (font, scale): a font that is drawn at another size has a scale; None when it is none. Pillow's own is None."""
+    """-> (font, scale), with a scale where the font has but another size; None when it is none. No path: Pillow's."""
     if path is None:
         return ImageFont.load_default(size), 1.0
     for there in (size, *_BITMAPS):
