@@ -21,23 +21,23 @@ def grid(rows, groups):
     """-> PIL image.
 
     rows: [(label, [paths of pictures])], one picture per prompt. groups: [(heading or None, [prompts])], whose prompts
-    are those of the columns, in their order; a group begins a new block, as more than COLUMNS prompts do.
+    are those of the columns, in their order. Groups that have room are beside each other, else below.
     """
     letters = Letters(TEXT)
     count = sum(len(prompts) for _, prompts in groups)
     cell = next((cell for cell in CELLS if len(rows) * count * cell**2 <= LARGEST), CELLS[-1])
     labels = [_wrap(label, letters, LABEL) for label, _ in rows]
     left = MARGIN + max(round(letters.width(line)) for lines in labels for line in lines) + 14
-    blocks, start = [], 0
-    for heading, prompts in groups:
+    pictures = list(zip(*(paths for _, paths in rows)))  # a column for each prompt
+    blocks = [_block(labels, pictures, groups, cell, left, letters)] if count <= COLUMNS else []
+    for heading, prompts in groups if count > COLUMNS else ():
         each = math.ceil(len(prompts) / math.ceil(len(prompts) / COLUMNS))  # nine are five and four, not eight and one
         for first in range(0, len(prompts), each):
-            some = prompts[first : first + each]
-            pictures = [paths[start + first : start + first + len(some)] for _, paths in rows]
-            blocks.append(_block(labels, pictures, some, None if first else heading, cell, left, letters))
-        start += len(prompts)
-    width = max(block.width for block in blocks)
-    out = Image.new("RGB", (width, 2 * MARGIN + sum(b.height for b in blocks) + APART * (len(blocks) - 1)), PAPER)
+            some = [(None if first else heading, prompts[first : first + each])]
+            blocks.append(_block(labels, pictures[first : first + each], some, cell, left, letters))
+        pictures = pictures[len(prompts) :]
+    height = 2 * MARGIN + sum(block.height for block in blocks) + APART * (len(blocks) - 1)
+    out = Image.new("RGB", (max(block.width for block in blocks), height), PAPER)
     top = MARGIN
     for block in blocks:
         out.paste(block, (0, top))
@@ -47,31 +47,40 @@ def grid(rows, groups):
     return out
 
 
-def _block(labels, pictures, prompts, heading, cell, left, letters):
-    """-> PIL image. labels: each row's, in lines. pictures: each row's paths. left: where the pictures begin."""
-    above = [_wrap(prompt or '""', letters, cell - 8) for prompt in prompts]
-    title = Letters(HEADING)
-    top = (HEADING + 24 if heading else 0) + max(map(len, above)) * LINE + 4
-    step = cell + GAP
-    width = left + len(prompts) * step - GAP
-    if heading:
-        heading = title.legible(heading)
-        width = max(width, MARGIN + round(title.width(heading)))
-    block = Image.new("RGB", (width + MARGIN, top + len(labels) * step - GAP), PAPER)
-    if heading:
-        title.draw(block, MARGIN, HEADING, heading, INK)
-        ImageDraw.Draw(block).line((MARGIN, HEADING + 10, width, HEADING + 10), RULE, 1)
-    for x, lines in enumerate(above):  # they end where the picture begins
-        for n, line in enumerate(lines):
-            letters.draw(block, left + x * step, top - 10 - (len(lines) - 1 - n) * LINE, line, INK)
-    for y, (lines, paths) in enumerate(zip(labels, pictures)):
-        middle = top + y * step + cell // 2 + TEXT * 0.36 - (len(lines) - 1) * LINE / 2
-        for n, line in enumerate(lines):
-            letters.draw(block, left - 14 - letters.width(line), round(middle + n * LINE), line, GREY)
-        for x, path in enumerate(paths):
-            with Image.open(path) as picture:
-                block.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left + x * step, top + y * step))
+def _block(labels, pictures, groups, cell, left, letters):
+    """-> PIL image. labels: each row's, in lines. pictures: each column's paths. left: where the pictures begin."""
+    title, step = Letters(HEADING), cell + GAP
+    prompts = [_wrap(prompt or '""', letters, cell - 8) for _, some in groups for prompt in some]
+    widths = [len(some) * step - GAP for _, some in groups]
+    headings = [_wrap(heading, title, width) if heading else [] for (heading, _), width in zip(groups, widths)]
+    rule = max(map(len, headings)) * (HEADING + 6) + 4
+    top = (rule + 14 if any(headings) else 0) + max(map(len, prompts)) * LINE + 4
+    width = left + sum(widths) + APART * (len(groups) - 1) + MARGIN
+    block = Image.new("RGB", (width, top + len(labels) * step - GAP), PAPER)
+    x = left
+    for (_, some), lines, width in zip(groups, headings, widths):
+        _write(block, x, rule - 10, lines, title, INK)
+        if lines:
+            ImageDraw.Draw(block).line((x, rule, x + width, rule), RULE, 1)
+        for _ in some:
+            _write(block, x, top - 10, prompts.pop(0), letters, INK)
+            for y, path in enumerate(pictures[0]):
+                with Image.open(path) as picture:
+                    block.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + y * step))
+            pictures = pictures[1:]
+            x += step
+        x += APART - GAP
+    for y, lines in enumerate(labels):
+        middle = top + y * step + cell / 2 + TEXT * 0.36 + (len(lines) - 1) * LINE / 2
+        _write(block, left - 14, round(middle), lines, letters, GREY, to_the_right=True)
     return block
+
+
+def _write(image, x, bottom, lines, letters, colour, to_the_right=False):
+    """Lines of text, the last one on the baseline `bottom`; they begin at x, or end there."""
+    for n, line in enumerate(reversed(lines)):
+        begin = x - letters.width(line) if to_the_right else x
+        letters.draw(image, begin, bottom - n * round(letters.size * 1.3), line, colour)
 
 
 def _wrap(text, letters, width):

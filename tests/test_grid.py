@@ -55,7 +55,7 @@ def places(found, colour):
 
 
 def test_every_picture_is_at_its_place(tmp_path):
-    """Rows are below each other, prompts beside each other; nine wrap in two even blocks, and a group begins its own."""
+    """Rows are below each other, prompts beside each other; nine wrap in two even blocks, a group begins its own."""
     rows = []
     for y, label in enumerate(["base", "step 100", "a long name of a file, " * 4]):
         colours = [(200, 20 * i, 60 * y) for i in range(11)]
@@ -71,11 +71,21 @@ def test_every_picture_is_at_its_place(tmp_path):
     assert at[2][0][0] < at[0][5][0] and at[2][5][0] < at[0][9][0]  # a block ends before the next begins
 
 
+def test_two_small_groups_are_beside_each_other_apart(tmp_path):
+    """What changes without the concept is seen next to what changes with it."""
+    rows = [(str(y), [solid(tmp_path / f"{y}_{i}.png", (200, 20 * i, 60 * y)) for i in range(5)]) for y in range(3)]
+    found = numbered(grid(rows, [("prompts", ["a"] * 3), ("a heading of several lines " * 4, ["b"] * 2)]))
+    for y in range(3):
+        tops, lefts = zip(*(places(found, (200, 20 * i, 60 * y)) for i in range(5)))
+        apart = np.diff(lefts)
+        assert len(set(tops)) == 1 and apart[0] == apart[1] == apart[3] < apart[2]
+
+
 def test_a_great_many_pictures_are_shown_smaller(tmp_path):
     path = solid(tmp_path / "x.png", (1, 2, 3))
     assert grid([("a", [path] * 4)] * 2, [(None, ["x"] * 4)]).width > 4 * 256
-    large = grid([(str(i), [path] * 8) for i in range(200)], [(None, ["x"] * 8)])
-    assert large.width * large.height < 2**26
+    large = grid([(str(i), [path] * 8) for i in range(70)], [(None, ["x"] * 8)])
+    assert large.width < 9 * 192 and large.height < 70 * 200
 
 
 @pytest.mark.parametrize("text", ["x" * 300, "a " + "Donaudampfschifffahrt" * 5 + " b", "one two three " * 20])
