@@ -17,7 +17,7 @@ from PIL import Image
 from data import check
 from data.cache import cache_folder, read_manifest
 from data.common.disk import atomic_write
-from data.common.errors import UserError, one_line
+from data.common.errors import NumbersError, UserError, one_line
 from data.common.words import many, shortened
 from data.encoders import CHUNK, TextEncoders
 from data.models.files import Model, load, vae_model
@@ -97,7 +97,7 @@ def compare(settings, run, loras, command):
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
     print(table(rows, len(settings.prompt)))
-    print(f"{folder / 'grid.png'}: the base and {many(count - 1, 'row')} with a LoRA")
+    print(f"{folder / 'grid.png'}: {many(count, 'row')}, the base's first")
 
 
 def hold_to(model, loras, unet_print):
@@ -149,17 +149,21 @@ class Drawing:
 
 
 def rows_of_lora(drawing, lora, label, scales, index):
-    """Draw the rows of one LoRA, the first of which is row `index`. Afterwards the UNet is the base again, and what the
-    LoRA took of memory is free.
+    """Draw one LoRA at each scale, the first as row `index`. -> report.json's rows
+
+    Afterwards the UNet is the base again, and the memory that the LoRA took is free.
     """
     weights = files.read(lora.path)
     adapters = files.load(drawing.pipeline.unet, weights)
     facts = dict(file=lora.path.name, step=lora.step, sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha)
     rows = []
     for i, scale in enumerate(scales, index):
-        adapters.set_scale(scale)
-        drawn = drawing.row("finetuned" if i == 1 else f"finetuned-{i}")
         shown = label if scales == [1] else f"{label} × {scale:g}"
+        adapters.set_scale(scale)
+        try:
+            drawn = drawing.row("finetuned" if i == 1 else f"finetuned-{i}")
+        except NumbersError as error:
+            raise NumbersError(f"{shown}: {error}") from None
         rows.append(dict(label=shown, lora=facts, scale=scale) | drawn)
     take_out(drawing.pipeline.unet, adapters)
     return rows

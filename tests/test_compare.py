@@ -168,6 +168,7 @@ def test_the_report_tells_of_every_row(run, trained, wide, capsys):
         assert row["mean_pixel_change"] == pytest.approx(changes, rel=1e-4) and min(changes) > 0
         means = f"{changes[0]:9.2f}{np.mean(changes[1:]):11.2f}  {row['label']}"
         assert means in said.splitlines()
+    assert not same(found["finetuned_0.png"], found["finetuned-2_0.png"])
     assert told["lora"] == rows[0]["lora"] | dict(scale=0.5)
     assert told["mean_pixel_change"] == rows[0]["mean_pixel_change"]
     assert "3 rows of 3 prompts: 9 pictures" in said
@@ -356,7 +357,8 @@ def test_a_weights_file_can_be_named(run, trained):
 
 
 def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
-    with pytest.raises(NumbersError, match="not finite, it would be black; try a smaller --lora_scale, or another VAE"):
+    advice = "it would be black; try a smaller --lora_scale, or another VAE"
+    with pytest.raises(NumbersError, match=f"^LoRA × 1e.30: a picture's numbers are not finite, {advice}"):
         compare(trained, PROMPTS[0], lora_scale=1e30)
     assert not list((trained / "compare").glob("finetuned*"))
 

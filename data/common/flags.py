@@ -257,7 +257,7 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
         ),
         (
             lambda s: s.unrelated_prompt and set(s.unrelated_prompt) & set(s.prompt),
-            "--unrelated_prompt: does nothing for what is a --prompt as well; leave it out of one of them",
+            "--unrelated_prompt: does nothing new where it is a --prompt as well; leave it out of one of the two",
         ),
     ],
 }
