@@ -188,6 +188,9 @@ class Infer:
 
     output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
     prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
+    unrelated_prompt: tuple[str, ...] | None = flag(
+        None, "prompts without what was trained: a group of their own, where what changes has leaked"
+    )
     base_model: str | None = flag(None, "hub id, folder or file; default: the model that the run's cache names")
     model_config: str | None = flag(None, "for a --base_model that is a file, as precompute's")
     prediction_type: str | None = flag(None, "for a --base_model, as precompute's", choices=PREDICTIONS)
@@ -195,11 +198,15 @@ class Infer:
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another VAE; default: the one that the run's cache names, or --base_model's own"
     )
-    lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
+    lora_path: tuple[str, ...] | None = flag(
+        None, "LoRA files, or folders of them as a run's is, a row of pictures each; default: RUN/lora.safetensors"
+    )
     negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
     num_inference_steps: int = flag(25, "sampler steps", at_least=1, at_most=1000)
     guidance_scale: float = flag(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
-    lora_scale: float = flag(1.0, "strength of the LoRA; 0 is the base, bit for bit")
+    lora_scale: tuple[float, ...] | None = flag(
+        None, "strengths of a LoRA, a row each; 0 is the base, bit for bit; default: 1"
+    )
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
@@ -263,6 +270,14 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             lambda s: s.negative_prompt is not None and s.guidance_scale <= 1,
             "--negative_prompt: does nothing with a --guidance_scale of 1 or less; use a larger one, or leave it out",
         ),
+        (
+            lambda s: s.lora_scale and len(s.lora_scale) > 1 and 0 in s.lora_scale,
+            "--lora_scale 0: does nothing next to others, because the base has a row of its own; leave it out",
+        ),
+        (
+            lambda s: s.unrelated_prompt and set(s.unrelated_prompt) & set(s.prompt),
+            "--unrelated_prompt: does nothing new where it is a --prompt as well; leave it out of one of the two",
+        ),
     ],
 }
 
@@ -315,11 +330,12 @@ def _argument(f):
         return dict(action="store_true", help=f.metadata["meaning"])
     if f.metadata["positional"]:
         return dict(nargs="+", metavar=spelled(f), help=f.metadata["meaning"])
-    if tuple[str, ...] in (f.type, *typing.get_args(f.type)):
+    optional = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+    kind = next(t for t in optional if t is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
         default = {name: values if values is None else list(values) for name, values in default.items()}
-        facts = dict(choices=f.metadata["choices"], help=f.metadata["meaning"])
-        return dict(nargs="+", action="extend", required=required, **facts, **default)
-    kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
+        several = dict(type=typing.get_args(kind)[0], nargs="+", action="extend", choices=f.metadata["choices"])
+        return dict(required=required, help=f.metadata["meaning"], **several, **default)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
     return dict(
         type=kind,
@@ -359,11 +375,15 @@ def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
             raise UserError(f"{spelled(f)} {ascii(word)}: not UTF-8")
-        if word == "" and f.name not in ("prompt", "negative_prompt", "validation_prompt"):
+        if word == "" and f.name not in ("prompt", "unrelated_prompt", "negative_prompt", "validation_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
             raise UserError(f"{spelled(f)}: empty")
-    if value is None or isinstance(value, (bool, str, list)):
-        return
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            _check_number(f, number)
+
+
+def _check_number(f, value):
     bounds = f.metadata
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"{spelled(f)} {value}: must be a finite number")
