@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from data.progress import progress
 from infer.grid import grid
+from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample
 from lora import files
 
@@ -51,7 +53,8 @@ def compare(settings, run):
     shape = (unet.config.in_channels, side, side)
 
     folder = run / "compare"
-    for name in ("report.json", "grid.png"):  # they tell of pictures that are drawn anew now
+    # they tell of pictures that are drawn anew now
+    for name in ("report.json", "report.html", "grid.png", "scores.json"):
         (folder / name).unlink(missing_ok=True)
     pictures, seconds = {"base": [], "LoRA": []}, []
     with progress("compare", "picture", 2 * len(settings.prompt)) as bar:
@@ -74,6 +77,23 @@ def compare(settings, run):
         negative_prompt=settings.negative_prompt,
         base=model.public_name(),
         lora=dict(sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
+        rows=[
+            dict(label="base", lora=None, scale=0.0, pictures=_names("baseline", pictures), mean_pixel_change=None),
+            dict(
+                label="LoRA",
+                lora=dict(
+                    file=Path(settings.lora_path or "lora.safetensors").name,
+                    step=None,
+                    sha256=weights.sha256,
+                    rank=adapters.rank,
+                    alpha=adapters.alpha,
+                ),
+                scale=settings.lora_scale,
+                pictures=_names("finetuned", pictures),
+                mean_pixel_change=[difference(*pair) for pair in zip(*pictures.values())],
+            ),
+        ],
+        resolution=[side * pipeline.vae_scale_factor] * 2,
         seed=settings.seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -83,6 +103,7 @@ def compare(settings, run):
     )
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
+    print(f"{write_report(run)}: everything on one page, for any browser")
     print(f"{folder / 'grid.png'}: {many(len(settings.prompt), 'prompt')}, base above, LoRA below")
 
 
@@ -151,6 +172,10 @@ def encode(encoders, model, prompts, negative_prompt):
 def difference(a, b):
     """Mean absolute difference of two pictures, 0 to 255."""
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
+
+
+def _names(name, pictures):
+    return [f"{name}_{i}.png" for i in range(len(pictures["base"]))]
 
 
 def write_png(picture, path):
