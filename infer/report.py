@@ -33,15 +33,7 @@ from infer.markup import join, tag
 
 BOUND = 18 * 2**20  # bytes of the page's pictures; with what base64 adds, the page still fits into an e-mail
 AS_IT_IS = 48 * 2**10  # a PNG up to this size goes in as it is
-SIDES = (
-    16383,
-    1024,
-    768,
-    512,
-    384,
-    256,
-    128,
-)  # longest sides that are tried until all fit; WebP has no more than the first
+SIDES = (16383, 1024, 768, 512, 384, 256, 128)  # pixels, the longest that WebP has first
 HELD_OUT = ("difference", "standard_error", "base_loss", "train_difference", "train_standard_error", "pictures")
 PLACES = {"output_dir", "cache_dir", "network_weights", "restart"}  # settings that say nothing to anybody else
 
@@ -137,7 +129,7 @@ def _is_number(value):
 def _embedded(folder, names):
     """-> ({name: (data URI, width, height of the PNG)}, a sentence on what was done to the pictures).
 
-    All pictures together have at most BOUND bytes; where they would have more, they are made smaller.
+    All pictures together have at most BOUND bytes; where they would have more, the first of SIDES is taken that fits.
     """
     for side in SIDES:
         found = {name: _embed(folder / name, side) for name in dict.fromkeys(names)}
@@ -202,14 +194,8 @@ def _grid(prompts, first, rows, pictures, wide):
         for row in rows:
             uri, width, height = pictures[row["pictures"][i]]
             about = f"{number(row['mean_pixel_change'][i])} of 255 away from the base" if row["lora"] else ""
-            image = tag(
-                "img",
-                src=uri,
-                alt=f"{prompt or 'no prompt'} ({row['label']})",
-                width=width,
-                height=height,
-                loading="lazy",
-            )
+            alt = f"{prompt or '(no prompt)'} ({row['label']})"
+            image = tag("img", src=uri, alt=alt, width=width, height=height)
             label = tag("bdi", row["label"], class_="label", aria_hidden="true")
             kind = "shot lora" if row["lora"] else "shot"
             link = dict(href=row["pictures"][i], data_label=row["label"], data_about=about)
@@ -224,9 +210,7 @@ def _grid(prompts, first, rows, pictures, wide):
 
 def _held_out(training):
     """The loss on held-out pictures against the base's: what it says in words, a curve, and a table."""
-    measured = (
-        [(step["step"], step["held_out"]) for step in training["steps"] if "held_out" in step] if training else []
-    )
+    measured = _measured(training["steps"]) if training else []
     if not measured:
         return None
     best_step, best = min(measured, key=lambda found: found[1]["difference"])
@@ -278,7 +262,7 @@ def _verdict(measured, best_step, best, has_best):
             f"{error:.4f}: that part is remembered, not learned."
         )
     else:
-        yield f"At step {last_step:,} pictures that were trained on do no better than held-out ones, within two errors."
+        yield f"At step {last_step:,} pictures that were trained on do no better than held-out ones."
     rise = last["difference"] - best["difference"]
     if rise > 2 * math.hypot(last["standard_error"], best["standard_error"]):
         yield f"Since step {best_step:,} the held-out loss has risen by {rise:.4f}: an earlier save is the better one."
