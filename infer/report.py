@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 from dataclasses import MISSING, fields
@@ -56,7 +57,7 @@ def write_report(run):
         _curves(training),
         _scores(folder),
         _settings(report, training),
-        _commands(report, training, title),
+        _commands(report, training, run),
     ]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
@@ -371,12 +372,12 @@ def _facts(values):
     return tag("dl", *(_fact(name, value) for name, value in facts.items()))
 
 
-def _commands(report, training, title):
+def _commands(report, training, run):
     commands = {}
     if training:
-        commands["Train"] = _train_command(training["settings"], title)
+        commands["Train"] = _train_command(training["settings"], run.resolve().name)
     if report.get("command"):
-        commands["Draw these pictures"] = report["command"]
+        commands["Draw these pictures"] = without_places(report["command"], run)
     boxes = [
         tag(
             "div",
@@ -388,6 +389,24 @@ def _commands(report, training, title):
         for name, command in commands.items()
     ]
     return _section("Commands", None, *boxes) if boxes else None
+
+
+def without_places(command, run):
+    """The command line with runs/NAME for the run's folder, and for other absolute paths the name at their end.
+
+    Where something lies on this machine helps nobody else, and often tells a name.
+    """
+    run, words = run.resolve(), []
+    for word in shlex.split(command):
+        flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        if os.path.lexists(value):  # a prompt may begin with a slash too
+            path = Path(value).resolve()
+            if path.is_relative_to(run):
+                value = (Path("runs", run.name) / path.relative_to(run)).as_posix()
+            elif Path(value).is_absolute():
+                value = path.name
+        words.append(f"{flag}{equals}{value}")
+    return shlex.join(words)
 
 
 def _train_command(settings, title):

@@ -23,7 +23,7 @@ from data.common.errors import UserError
 from infer import report
 from infer.chart import HEIGHT, WIDTH, Curve, chart, means, thinned, ticks
 from infer.markup import Html, join, tag
-from infer.report import write_report
+from infer.report import without_places, write_report
 
 HOSTILE = (
     "<script>document.title = 'run'; window.ran = 1</script>",
@@ -382,6 +382,19 @@ def test_settings_are_told_by_their_flags_without_places_and_digests(trained):
     assert "--learning_rate0.0003" in text and "--use_8bit_adamyes" in text and "--negative_promptblurry" in text
     assert "--network_weights FILE.safetensors" in text and "python -m infer --prompt 'a fox'" in text
     assert not [word for word in ("secret", "dddd", "cccc", "uuuu", str(run.parent)) if word in text]
+
+
+def test_a_command_is_told_without_the_places_of_this_machine(tmp_path, monkeypatch):
+    run, lora = tmp_path / "my run", tmp_path / "secret" / "fox.safetensors"
+    own = run / "a.safetensors"
+    lora.parent.mkdir(), run.mkdir(), lora.touch(), own.touch()
+    words = ["python", "-m", "infer", "--output_dir", str(run), f"--lora_path={lora}", str(own), "--prompt"]
+    prompts = ["/imagine a fox", "it's", "", "a=b", "x" * 5000, "--", "nul\0"]
+    told = shlex.split(without_places(shlex.join(words + prompts), run))
+    expected = ["--output_dir", "runs/my run", "--lora_path=fox.safetensors", "runs/my run/a.safetensors", "--prompt"]
+    assert told == words[:3] + expected + prompts
+    monkeypatch.chdir(tmp_path)
+    assert without_places("--output_dir 'my run'", run) == "--output_dir 'runs/my run'"
 
 
 def test_of_a_training_that_made_another_lora_nothing_is_told(trained):
