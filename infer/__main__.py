@@ -17,7 +17,7 @@ def main(argv):
         from data.cache import cache_folder, read_manifest
 
         read_manifest(cache_folder(run))
-    with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json")):
+    with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json", "report.html")):
         with lean():
             from infer.compare import compare
 

@@ -24,6 +24,7 @@ from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from data.progress import progress
 from infer.grid import grid
+from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample, write_png
 from lora import files
 from lora.attention import fuse_projections
@@ -98,6 +99,7 @@ def compare(settings, run, loras, command):
         json.dump(report, file, indent=1)
     print(table(rows, len(settings.prompt)))
     print(f"{folder / 'grid.png'}: {many(count, 'row')}, the base's first")
+    print(f"{write_report(run)}: everything on one page, for any browser")
 
 
 def hold_to(model, loras, unet_print):

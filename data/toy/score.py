@@ -30,6 +30,7 @@ from data.survey import image_digest
 from data.toy.draw import training_scenes
 from data.toy.measure import SubjectClassifier, colour_of, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
+from infer.report import write_report
 from lora import files
 from train import diffusion
 
@@ -157,6 +158,7 @@ def main(argv):
         shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")]
         print(name, *shown, f"held-out loss {scores['heldout_loss'][name]:.4f}")
     print(path)
+    write_report(run)  # again, with the scores in it
 
 
 if __name__ == "__main__":
