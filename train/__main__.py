@@ -7,6 +7,7 @@ from data import check
 from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
+from infer.publish import ask, publish
 
 WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
@@ -28,6 +29,7 @@ def main(argv):
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
                 settings = in_steps(settings, cache, argv)
+                repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
                 with lean("transformers"):
                     from train.loop import train
 
@@ -35,6 +37,8 @@ def main(argv):
             except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
+        if repository:
+            publish(repository, run)
 
 
 if __name__ == "__main__":

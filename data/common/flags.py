@@ -1,4 +1,4 @@
-"""Every flag of the three commands, once: its name, default and meaning on one line. Standard library only.
+"""Every flag of the commands, once: its name, default and meaning on one line. Standard library only.
 
 The names are those of diffusers' training scripts. A flag given to the wrong command is answered with the right one.
 """
@@ -13,12 +13,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from data.common.errors import UserError, is_text
 
 
-def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
-    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded."""
-    return field(
-        default=default,
-        metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above),
-    )
+def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None, positional=False):
+    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded.
+
+    positional: it is given by its place, without its name.
+    """
+    bounds = dict(choices=choices, at_least=at_least, at_most=at_most, above=above)
+    return field(default=default, metadata=dict(meaning=meaning, positional=positional, **bounds))
+
+
+def spelled(f):
+    """What a field is called on the command line: --rank, or RUN where its place says what it is."""
+    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
 
 
 MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must not become a step that never ends
@@ -162,6 +168,12 @@ class Train:
     validation_steps: int | None = flag(
         None, "look at what was learned every N steps, besides at every save", at_least=1, at_most=MOST
     )
+    push_to_hub: bool = flag(
+        False,
+        "publish the run after the last step, as python -m infer.publish; whether it may is asked before the first",
+    )
+    hub_model_id: str | None = flag(None, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,16 @@ class Infer:
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
-COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
+@dataclass(frozen=True)
+class Publish:
+    """python -m infer.publish: a run's weights, pictures, report and a model card -> the hub"""
+
+    run: str = flag(MISSING, "the run's folder", positional=True)
+    hub_model_id: str | None = flag(MISSING, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
+
+
+COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer, "infer.publish": Publish}
 
 
 def _is_file(name):
@@ -231,6 +252,17 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             lambda s: s.vram_gib and s.gradient_checkpointing,
             "--vram_gib: does nothing next to --gradient_checkpointing, which recomputes everything; use one of them",
         ),
+        (
+            lambda s: s.push_to_hub and not s.hub_model_id,
+            "--push_to_hub: where to? name a repository of yours with --hub_model_id USER/NAME",
+        ),
+        *(
+            (
+                lambda s, name=name: getattr(s, name) and not s.push_to_hub,
+                f"--{name}: does nothing without --push_to_hub; leave it out, or push",
+            )
+            for name in ("hub_model_id", "private")
+        ),
     ],
     Infer: [
         *(
@@ -245,6 +277,7 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             "--negative_prompt: does nothing with a --guidance_scale of 1 or less; use a larger one, or leave it out",
         ),
     ],
+    Publish: [],
 }
 
 
@@ -269,9 +302,10 @@ def parse(command, argv):
     settings = COMMANDS[command]
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
-        parser.add_argument(f"--{f.name}", **_argument(f))
+        parser.add_argument(f.name if f.metadata["positional"] else f"--{f.name}", **_argument(f))
     for word in argv:  # before argparse takes such a word for one more prompt
         _refuse_typographic(word)
+        _refuse_token(word)
     values, unknown = parser.parse_known_args(argv)
     for word in unknown:
         raise UserError(_unknown(command, word.split("=")[0]))
@@ -291,6 +325,8 @@ def _argument(f):
         return dict(action="store_true", help=f.metadata["meaning"])
     if f.type == tuple[str, ...]:
         return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
+    if f.metadata["positional"]:
+        return dict(metavar=spelled(f), help=f.metadata["meaning"])
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
     return dict(
@@ -309,8 +345,19 @@ def _refuse_typographic(word):
         raise UserError(f"{word}: begins with a typographic dash; write --{meant}")
 
 
+def _refuse_token(word):
+    """Not to be read is the best that can happen to a secret on a command line; it is not repeated either."""
+    name = word.split("=")[0]
+    if name.replace("-", "_") in ("__hub_token", "__token"):
+        raise UserError(
+            f"{name}: a token on the command line is seen by others and kept by the shell; set HF_TOKEN, or log in "
+            "once with: hf auth login"
+        )
+
+
 def _names(*commands):
-    return [f.name for command in commands for f in fields(COMMANDS[command])]
+    found = [f for command in commands for f in fields(COMMANDS[command])]
+    return [f.name for f in found if not f.metadata["positional"]]
 
 
 def _nearest(name, names):
@@ -330,10 +377,10 @@ def _unknown(command, word):
 def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
-            raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
+            raise UserError(f"{spelled(f)} {ascii(word)}: not UTF-8")
         if word == "" and f.name not in ("prompt", "negative_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
-            raise UserError(f"--{f.name}: empty")
+            raise UserError(f"{spelled(f)}: empty")
     if value is None or isinstance(value, (bool, str, list)):
         return
     bounds = f.metadata
