@@ -36,6 +36,7 @@ class Facts:
     repository: str  # USER/NAME
     weights: Contents  # of lora.safetensors
     files: tuple  # paths in the repository
+    step: int | None = None  # after which the weights were saved
     gallery: tuple = ()  # (prompt, path in the repository) of pictures that lora.safetensors made
     identity: dict | None = None  # of RUN/run.json: the settings, and "base"
     held_out: tuple = ()  # (step, what metrics.jsonl says of the held-out loss), in order
@@ -50,7 +51,7 @@ class Facts:
 
     @property
     def trigger(self):
-        return self.weights.metadata.get("modelspec.trigger_phrase")
+        return on_one_line(self.weights.metadata.get("modelspec.trigger_phrase") or "") or None
 
     @property
     def settings(self):
@@ -76,7 +77,7 @@ def card(facts):
 def _head(facts):
     from huggingface_hub import ModelCardData
 
-    widget = [{"text": prompt or "-", "output": {"url": path}} for prompt, path in facts.gallery]
+    widget = [{"text": on_one_line(prompt) or "-", "output": {"url": path}} for prompt, path in facts.gallery]
     return ModelCardData(
         base_model=facts.base,
         library_name="diffusers",
@@ -88,7 +89,7 @@ def _head(facts):
 
 
 def _what_it_is(facts):
-    weights, steps = facts.weights, facts.settings.get("max_train_steps")
+    weights, steps = facts.weights, facts.step
     base = (
         f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.base else "an SDXL model that is not on the hub"
     )
@@ -210,6 +211,11 @@ def _scores(facts):
     cells = [[name.replace("|", " "), f"{base[name]:.2f}", f"{tuned[name]:.2f}"] for name in names]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return f"## Scores\n\n| | base | LoRA |\n|---|---|---|\n{lines}" if cells else None
+
+
+def on_one_line(text):
+    """As CLIP reads it. PyYAML does not read back some of the characters that end a line."""
+    return " ".join(text.split())
 
 
 def _fenced(text, language=""):

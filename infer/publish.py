@@ -32,6 +32,8 @@ SAMPLES = 4  # pictures of the training's end
 # What may lie in a repository because an earlier call put it there, and goes when the run has it no more.
 OURS = re.compile(r"lora-best\.safetensors|compare/(grid\.png|report\.html|\w+(-\d+)?_\d+\.png)|samples/\d+_\d+\.png")
 PICTURE = re.compile(r"(baseline|finetuned)(-\d+)?_\d+\.png")
+SAVE = re.compile(r"lora-(\d{6,})\.safetensors")
+HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors
 SAMPLE = re.compile(r"(\d{6,})_(\d+)\.png")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -119,24 +121,22 @@ def contents(run, repository):
     Pictures are published when report.json says that these weights drew them. Raises UserError naming what is missing
     or not what it should be.
     """
-    weights = weights_of(run)
+    weights, began = weights_of(run), read_began(run)
+    final = weights[run / "lora.safetensors"]
     files = {path.name: path for path in weights}
-    began = read_began(run)
-    facts = dict(repository=repository, weights=weights[run / "lora.safetensors"])
+    facts = dict(repository=repository, weights=final, step=step_of(run, final))
     facts |= dict(identity=began and began["identity"], held_out=held_out(run / "metrics.jsonl"))
-    digests = {sha256_file(path) for path in weights}
-    report = report_of(run, digests)
-    if report:
-        folder, final = run / "compare", sha256_file(run / "lora.safetensors")
+    digests = {path.name: sha256_file(path) for path in weights}
+    if report := report_of(run, digests.values()):
+        folder = run / "compare"
         names = [name for row in report["rows"] for name in row["pictures"] if PICTURE.fullmatch(name)]
         files |= {f"compare/{name}": _png(folder / name) for name in [*names, "grid.png"]}
         if (folder / "report.html").exists():
-            door.look_at(folder / "report.html", "file")
-            files["compare/report.html"] = (folder / "report.html").read_bytes()
-        of_the_final = [row for row in report["rows"] if row["lora"] and row["lora"]["sha256"] == final]
-        if of_the_final:
-            row = min(of_the_final, key=lambda row: abs(row["scale"] - 1))
-            facts["gallery"] = tuple((p, f"compare/{n}") for p, n in zip(report["prompts"], row["pictures"]))
+            files["compare/report.html"] = _content(folder / "report.html")
+        rows = [row for row in report["rows"] if row["lora"] and row["lora"]["sha256"] == digests["lora.safetensors"]]
+        row = min(rows, key=lambda row: abs(row["scale"] - 1), default=dict(pictures=[]))  # as it was trained
+        gallery = zip(report["prompts"], (f"compare/{name}" for name in row["pictures"]))
+        facts |= dict(gallery=tuple(shown for shown in gallery if shown[1] in files))
         facts |= dict(report=report, scores=scores_of(folder))
     files |= {f"samples/{path.name}": _png(path) for path in last_samples(run / "samples")}
     files["README.md"] = card(Facts(files=tuple(files), **facts)).encode()
@@ -152,6 +152,14 @@ def weights_of(run):
         )
     best = run / "lora-best.safetensors"
     return {path: look(path) for path in (run / "lora.safetensors", best) if path.exists()}
+
+
+def step_of(run, weights):
+    """After how many steps these weights were saved, told by the save that is equal to them; None where it is gone."""
+    for path in sorted(run.glob("lora-*.safetensors")):
+        if (name := SAVE.fullmatch(path.name)) and look(path).metadata.get(HASH) == weights.metadata.get(HASH):
+            return int(name[1])
+    return None
 
 
 def report_of(run, digests):
@@ -170,7 +178,7 @@ def report_of(run, digests):
         right = False
     if not right:
         raise UserError(f"{path}: damaged, or of an earlier version; {advice}")
-    if not drawn_by & digests:
+    if not drawn_by & set(digests):
         print(f"no pictures: those in {path.parent} are of other weights; {advice}, then publish again")
         return None
     return report
@@ -208,13 +216,18 @@ def held_out(path):
     return tuple(found)
 
 
-def _png(path):
-    """The bytes of a picture. Raises UserError when it is not there or something else."""
-    if not path.exists():
+def _content(path):
+    """The bytes of a file that a report names. Raises UserError when it is not there or not a file."""
+    if not os.path.lexists(path):
         raise UserError(f"{path}: not there, though its report names it; draw again with python -m infer")
     door.look_at(path, "file")
     with naming(path):
-        content = path.read_bytes()
+        return path.read_bytes()
+
+
+def _png(path):
+    """The bytes of a picture. Raises UserError when it is something else."""
+    content = _content(path)
     if not content.startswith(PNG):
         raise UserError(f"{path}: not a PNG, and nothing else is published as a picture; draw again")
     return content
@@ -236,7 +249,7 @@ def _in_words(repository, again):
         said = one_line(error.server_message or error.response.reason_phrase, 200)
         if status == 401:
             raise UserError(
-                f"the hub refuses {_token()}: {said}; make one that may write at https://huggingface.co/settings/tokens"
+                f"the hub refuses {_token()} ({said}); make one that may write at https://huggingface.co/settings/tokens"
             ) from None
         if status in (402, 403, 404):
             raise UserError(

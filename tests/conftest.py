@@ -230,6 +230,7 @@ class Forked:
 
 
 MODULES = {"data.precompute": "data.precompute", "train": "train.__main__", "infer": "infer.__main__"}
+MODULES["infer.publish"] = "infer.publish"
 
 
 def main_of(name):

@@ -57,6 +57,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # an answer in two parts would wait 40 ms
 
             def handle_one(self):
                 hub.handle(self)

@@ -9,14 +9,17 @@ from conftest import ROOT, one_line_error
 from conftest import command as run_command
 
 from data.common.errors import UserError
-from data.common.flags import COMMANDS, parse
+from data.common.flags import COMMANDS, parse, spelled
 
 NEEDED = {
     "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],
     "train": ["--output_dir", "x"],
     "infer": ["--prompt", "a cat", "--output_dir", "x"],
+    "infer.publish": ["x", "--hub_model_id", "fox/ink"],
 }
-FLAGS = [(command, f) for command, settings in COMMANDS.items() for f in fields(settings)]
+FLAGS = [
+    (command, f) for command, settings in COMMANDS.items() for f in fields(settings) if not f.metadata["positional"]
+]
 
 
 def number(f):
@@ -81,7 +84,7 @@ def test_unknown_and_missing_flags_are_named(command):
         with pytest.raises(UserError, match=rf"^{words[0].split('=')[0]}: no such flag"):
             parse(command, [*NEEDED[command], *words])
     for f in fields(COMMANDS[command]):
-        if f.default is MISSING:
+        if f.default is MISSING and not f.metadata["positional"]:
             at = NEEDED[command].index(f"--{f.name}")
             with pytest.raises(UserError, match=f"--{f.name}"):
                 parse(command, NEEDED[command][:at] + NEEDED[command][at + 2 :])
@@ -94,7 +97,7 @@ def test_defaults_are_those_declared_and_settings_are_frozen(command):
         if f.default is not MISSING:
             assert getattr(settings, f.name) == f.default
     with pytest.raises(AttributeError):
-        settings.output_dir = "elsewhere"
+        settings.hub_model_id = settings.output_dir = "elsewhere"
 
 
 def test_values_arrive_with_their_types():
@@ -131,7 +134,7 @@ def test_help_lists_every_flag_with_its_default(capsys):
         with pytest.raises(SystemExit) as left:
             parse(command, ["--help"])
         text = capsys.readouterr().out
-        assert left.value.code == 0 and all(f"--{f.name}" in text for f in fields(settings))
+        assert left.value.code == 0 and all(spelled(f) in text for f in fields(settings))
 
 
 def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
@@ -140,16 +143,16 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
         "import runpy, sys\n"
         "run = sys.argv[1]\n"
         f"for command in {list(COMMANDS)}:\n"
-        "    sys.argv = [command, '--output_dir', run, '--nonsense']\n"
+        "    sys.argv = [command, *(['--output_dir'] if command != 'infer.publish' else []), run, '--nonsense']\n"
         "    try: runpy.run_module(command, run_name='__main__')\n"
         "    except SystemExit as left: print(left.code)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2\n2\n2\n[]\n", done.stdout + done.stderr
+    assert done.stdout == "2\n" * len(COMMANDS) + "[]\n", done.stdout + done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr
+    assert len(lines) == len(COMMANDS) and all(line.startswith("error: ") for line in lines), done.stderr
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 

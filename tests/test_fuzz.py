@@ -418,13 +418,15 @@ def test_flags_with_odd_values(fuzz):
         "data.precompute": ["--train_data_dir", fuzz.run / "pictures", *PRECOMPUTE, *PICTURES],
         "train": [*TRAIN, "--max_train_steps", 2],
         "infer": ["--prompt", "a fox", "--num_inference_steps", 1],
+        "infer.publish": ["--hub_model_id", "fox/ink"],
     }
     for _ in fuzz:
         name = fuzz.random.choice(sorted(flags.COMMANDS))
         flag = fuzz.random.choice(fields(flags.COMMANDS[name]))
         word = fuzz.random.choice([word for word in WORDS if flag.name not in FOLDERS or word[:1] in ("/", "")])
         value = [] if flag.type is bool else [word]
-        argv = ["--output_dir", fuzz.run, *usual[name], f"--{flag.name}", *value]
+        run = [fuzz.run] if name == "infer.publish" else ["--output_dir", fuzz.run]
+        argv = [*run, *usual[name], f"--{flag.name}", *value]
         fuzz.tried(f"{name} --{flag.name} {word!r}"[:100], name, *argv)
 
 

@@ -7,7 +7,6 @@ from data import check
 from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
-from infer.publish import ask, publish
 
 WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
@@ -16,6 +15,7 @@ def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
+        from infer.publish import ask, publish
         from train import same_run
         from train.epochs import in_steps
 
