@@ -131,8 +131,8 @@ def contents(run, repository):
         folder = run / "compare"
         names = [name for row in report["rows"] for name in row["pictures"] if PICTURE.fullmatch(name)]
         files |= {f"compare/{name}": _png(folder / name) for name in [*names, "grid.png"]}
-        if (folder / "report.html").exists():
-            files["compare/report.html"] = _content(folder / "report.html")
+        if os.path.lexists(folder / "report.html"):
+            files |= _page(folder / "report.html", run)
         rows = [row for row in report["rows"] if row["lora"] and row["lora"]["sha256"] == digests["lora.safetensors"]]
         row = min(rows, key=lambda row: abs(row["scale"] - 1), default=dict(pictures=[]))  # as it was trained
         gallery = zip(report["prompts"], (f"compare/{name}" for name in row["pictures"]))
@@ -223,6 +223,16 @@ def _content(path):
     door.look_at(path, "file")
     with naming(path):
         return path.read_bytes()
+
+
+def _page(path, run):
+    """{path in the repository: bytes} of a report; without one that tells where on this machine something lies."""
+    content = _content(path)
+    places = [str(place) for place in (run.resolve(), Path(os.path.expanduser("~")))]
+    if found := [place for place in places if len(place) > 1 and place.encode() in content]:
+        print(f"not published: {path} names {found[0]}; draw again with python -m infer and relative paths")
+        return {}
+    return {f"compare/{path.name}": content}
 
 
 def _png(path):

@@ -5,6 +5,9 @@
         ... HF_ENDPOINT=hub.url python -m infer.publish ...
         hub.repositories["fox/name"].files["README.md"]
 
+Files go to it by git LFS where HF_HUB_DISABLE_XET is set, else as huggingface.co has them: by hf_xet, which cuts them
+into pieces, many of which come in one request. Of those the lengths are kept, and `files` has the sha256 that was told.
+
 A fault is put in the way of a kind of request: hub.faults["commit"] = [503, "cut"] answers the first with 503 and cuts
 the connection of the second in the middle; the third goes through.
 """
@@ -15,6 +18,7 @@ import json
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,15 +36,18 @@ ROUTES = {  # kind: (method, path)
     "upload": ("PUT", r"/storage/([0-9a-f]{64})"),
     "verify": ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/verify"),
     "xet": ("GET", r"/api/models/([^/]+/[^/]+)/xet-write-token/main"),
+    "pieces": ("POST", r"/v1/xorbs/default/([0-9a-f]{64})"),
+    "shard": ("POST", r"/v1/shards"),  # which pieces make which file
 }
-FREE = {"upload"}  # its address is the permission, as that of a storage service is: no token may arrive there
+# A storage service trusts an address that nobody else knows, or a token for an hour; the hub's may not arrive there.
+STORAGE = {"upload": "", "pieces": "for-an-hour", "shard": "for-an-hour"}
 LFS = (".safetensors", ".png")  # what the hub's .gitattributes would send there
 
 
 @dataclass
 class Repository:
     private: bool = False
-    files: dict = field(default_factory=dict)  # path: bytes
+    files: dict = field(default_factory=dict)  # path: bytes, or the sha256 of what came in pieces
     commits: list = field(default_factory=lambda: ["0" * 40])
     lines: list = field(default_factory=list)  # of every commit, as they arrived
 
@@ -52,6 +59,7 @@ class Repository:
 class Hub:
     def __init__(self):
         self.users, self.repositories, self.storage = {}, {}, {}  # token: user, id: Repository, sha256: bytes
+        self.pieces = []  # lengths in bytes
         self.faults, self.requests = {}, []  # kind: what is next, [(kind, body)]
         hub = self
 
@@ -88,6 +96,7 @@ class Hub:
             if request.command == method and (found := re.fullmatch(pattern, path)):
                 break
         else:
+            request.rfile.read(int(request.headers.get("content-length", 0)))
             self.requests.append((f"{request.command} {path}", b""))
             return self.answer(request, 404, dict(error="no such address"))
         fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
@@ -101,8 +110,8 @@ class Hub:
         body = request.rfile.read(length) if body is None else body
         self.requests.append((kind, body))
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if kind in FREE:
-            assert not token, "the token went to the storage"
+        if kind in STORAGE:
+            assert token == STORAGE[kind], "the token went to the storage"
         elif token not in self.users:
             return self.answer(request, 401, dict(error="Invalid credentials in Authorization header"))
         if fault == "lost":  # done, but the answer does not arrive
@@ -139,6 +148,13 @@ class Hub:
             assert hashlib.sha256(body).hexdigest() == where[0]
             self.storage[where[0]] = body
             return 200, {}
+        if kind == "pieces":  # each has its length packed, its kind of packing, and its length in front
+            while body[0] == 0:
+                self.pieces.append(int.from_bytes(body[5:8], "little"))
+                body = body[8 + int.from_bytes(body[1:4], "little") :] or b"end"
+            return 200, dict(was_inserted=True)
+        if kind == "shard":
+            return 200, dict(result=1)
         if kind == "whoami":
             return 200, dict(type="user", name=user, orgs=[])
         if kind == "create":
@@ -181,7 +197,9 @@ class Hub:
             path = asked["path"]
             mode, there = "lfs" if path.endswith(LFS) else "regular", repository.files.get(path)
             found = dict(path=path, uploadMode=mode, shouldIgnore=False)
-            if there is not None:
+            if isinstance(there, str):
+                found["oid"] = there
+            elif there is not None:
                 git = hashlib.sha1(b"blob %d\0" % len(there) + there)
                 found["oid"] = (hashlib.sha256(there) if mode == "lfs" else git).hexdigest()
             files.append(found)
@@ -202,7 +220,7 @@ class Hub:
         return (200, {}) if there is not None and len(there) == asked["size"] else (404, dict(error="not there"))
 
     def xet(self, name, repository, body):
-        return 404, dict(error="this hub has no xet storage")
+        return 200, dict(accessToken=STORAGE["pieces"], exp=int(time.time()) + 3600, casUrl=self.url)
 
     def commit(self, name, repository, body):
         lines = [json.loads(line) for line in body.splitlines()]
@@ -211,7 +229,7 @@ class Hub:
             if line["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                repository.files[value["path"]] = self.storage[value["oid"]]
+                repository.files[value["path"]] = self.storage.get(value["oid"], value["oid"])
             elif line["key"] == "deletedFile":
                 del repository.files[value["path"]]
         repository.lines.append(lines)

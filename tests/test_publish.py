@@ -182,6 +182,13 @@ def test_pictures_of_other_weights_stay_here(hub, finished, exported, capfd):
     assert not [name for name in published(hub) if name.startswith("compare")]
 
 
+def test_a_report_that_names_a_place_of_this_machine_stays_here(hub, finished, capfd):
+    (finished / "compare" / "report.html").write_text(f"<pre>python -m infer --output_dir '{finished}'</pre>")
+    do(finished)
+    assert set(published(hub)) == ALLOWED - {"compare/report.html"}
+    assert f"report.html names {finished}" in capfd.readouterr().out
+
+
 # ---- How it fails
 
 
@@ -425,6 +432,24 @@ def test_the_real_command_imports_no_torch(hub, finished, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("published\n[]\n") and set(published(hub)) == ALLOWED
     assert TOKEN not in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_files_go_in_pieces_where_the_hub_takes_them_so(hub, finished, tmp_path):
+    """By hf_xet, which is how huggingface.co has it."""
+    env = environment(hub, tmp_path)
+    del env["HF_HUB_DISABLE_XET"]
+    hub.faults["xet"] = [403]
+    output = command("infer.publish", finished, "--hub_model_id", ID, code=3, env=env)
+    assert "nothing is lost, run python -m infer.publish" in one_line_error(output) and not published(hub)
+    again = command("infer.publish", finished, "--hub_model_id", ID, env=env)
+    assert set(published(hub)) == ALLOWED and TOKEN not in output + again
+    large = [finished / name for name, content in published(hub).items() if isinstance(content, str)]
+    assert len(large) == len(ALLOWED) - 2 and all(
+        published(hub)[path.relative_to(finished).as_posix()] == sha256_file(path) for path in large
+    )
+    assert sum(hub.pieces) == sum(path.stat().st_size for path in large)
+    assert "nothing has changed" in command("infer.publish", finished, "--hub_model_id", ID, env=env)
 
 
 @pytest.mark.slow

@@ -323,10 +323,11 @@ def _argument(f):
     required = f.default is MISSING
     if f.type is bool:
         return dict(action="store_true", help=f.metadata["meaning"])
+    if f.metadata["positional"]:
+        several = dict(nargs="+") if f.type == tuple[str, ...] else {}
+        return dict(metavar=spelled(f), help=f.metadata["meaning"], **several)
     if f.type == tuple[str, ...]:
         return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
-    if f.metadata["positional"]:
-        return dict(metavar=spelled(f), help=f.metadata["meaning"])
     kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
     return dict(
