@@ -16,6 +16,7 @@ NEEDED = {
     "train": ["--output_dir", "x"],
     "train.metrics": ["x"],
     "infer": ["--prompt", "a cat", "--output_dir", "x"],
+    "infer.publish": ["x", "--hub_model_id", "fox/ink"],
 }
 FLAGS = [(command, f) for command, kind in COMMANDS.items() for f in fields(kind) if not f.metadata["positional"]]
 
@@ -149,7 +150,7 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
         "import runpy, sys\n"
         "run = sys.argv[1]\n"
         f"for command in {list(COMMANDS)}:\n"
-        "    sys.argv = [command, '--output_dir', run, '--nonsense']\n"
+        "    sys.argv = [command, *(['--output_dir'] if command != 'infer.publish' else []), run, '--nonsense']\n"
         "    try: runpy.run_module(command, run_name='__main__')\n"
         "    except SystemExit as left: print(left.code)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
@@ -162,7 +163,7 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 
-MAY_BE_EMPTY = ("prompt", "unrelated_prompt", "negative_prompt")
+MAY_BE_EMPTY = ("prompt", "unrelated_prompt", "negative_prompt", "validation_prompt")
 TEXTS = (str, str | None, tuple[str, ...], tuple[str, ...] | None)
 WORDS = [(c, f.name) for c, f in FLAGS if f.type in TEXTS and f.name not in MAY_BE_EMPTY]
 

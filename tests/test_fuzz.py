@@ -420,6 +420,7 @@ def test_flags_with_odd_values(fuzz):
         "train": [*run, *TRAIN, "--max_train_steps", 2],
         "train.metrics": [fuzz.run],
         "infer": [*run, "--prompt", "a fox", "--num_inference_steps", 1],
+        "infer.publish": [fuzz.run, "--hub_model_id", "fox/ink"],
     }
     for _ in fuzz:
         name = fuzz.random.choice(sorted(flags.COMMANDS))

@@ -18,6 +18,7 @@ def main(argv):
     trackers.check_installed(settings.report_to)
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
+        from infer.publish import ask, publish
         from train import same_run
         from train.epochs import in_steps
 
@@ -32,6 +33,7 @@ def main(argv):
                     same_run.check_at_the_door(run, settings, manifest)
                 something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
+                repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
                 # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
                 with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
@@ -40,6 +42,8 @@ def main(argv):
             except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
+        if repository:
+            publish(repository, run)
 
 
 def something_to_look_at(settings, manifest):

@@ -16,10 +16,15 @@ from data.common.errors import UserError, is_text
 def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None, positional=False):
     """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded.
 
-    positional: its words stand on the command line without its name.
+    positional: it is given by its place, without its name.
     """
     bounds = dict(choices=choices, at_least=at_least, at_most=at_most, above=above)
     return field(default=default, metadata=dict(meaning=meaning, positional=positional, **bounds))
+
+
+def spelled(f):
+    """What a field is called on the command line: --rank, or RUN where its place says what it is."""
+    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
 
 
 MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must not become a step that never ends
@@ -172,6 +177,12 @@ class Train:
         "show numbers, pictures and settings there as well: in RUN/tensorboard, at wandb.ai or both",
         choices=TRACKERS,
     )
+    push_to_hub: bool = flag(
+        False,
+        "publish the run after the last step, as python -m infer.publish; whether it may is asked before the first",
+    )
+    hub_model_id: str | None = flag(None, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,17 @@ class Infer:
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
-COMMANDS = {"data.precompute": Precompute, "train": Train, "train.metrics": Curves, "infer": Infer}
+@dataclass(frozen=True)
+class Publish:
+    """python -m infer.publish: a run's weights, pictures, report and a model card -> the hub"""
+
+    run: str = flag(MISSING, "the run's folder", positional=True)
+    hub_model_id: str | None = flag(MISSING, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
+
+
+COMMANDS = {"data.precompute": Precompute, "train": Train, "train.metrics": Curves}
+COMMANDS |= {"infer": Infer, "infer.publish": Publish}
 
 
 def _is_file(name):
@@ -256,6 +277,17 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             lambda s: s.vram_gib and s.gradient_checkpointing,
             "--vram_gib: does nothing next to --gradient_checkpointing, which recomputes everything; use one of them",
         ),
+        (
+            lambda s: s.push_to_hub and not s.hub_model_id,
+            "--push_to_hub: where to? name a repository of yours with --hub_model_id USER/NAME",
+        ),
+        *(
+            (
+                lambda s, name=name: getattr(s, name) and not s.push_to_hub,
+                f"--{name}: does nothing without --push_to_hub; leave it out, or push",
+            )
+            for name in ("hub_model_id", "private")
+        ),
     ],
     Curves: [],
     Infer: [
@@ -279,6 +311,7 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             "--unrelated_prompt: does nothing new where it is a --prompt as well; leave it out of one of the two",
         ),
     ],
+    Publish: [],
 }
 
 
@@ -298,19 +331,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def spelled(f):
-    """How a flag is written: --name, or NAME where its words stand alone."""
-    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
-
-
 def parse(command, argv):
     """argv -> the command's frozen settings. Raises UserError naming a flag that is unknown, missing or wrong."""
     settings = COMMANDS[command]
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
-        parser.add_argument(f.name if f.metadata["positional"] else spelled(f), **_argument(f))
+        parser.add_argument(f.name if f.metadata["positional"] else f"--{f.name}", **_argument(f))
     for word in argv:  # before argparse takes such a word for one more prompt
         _refuse_typographic(word)
+        _refuse_token(word)
     values, unknown = parser.parse_known_args(argv)
     for word in unknown:
         raise UserError(_unknown(command, word.split("=")[0]))
@@ -329,7 +358,8 @@ def _argument(f):
     if f.type is bool:
         return dict(action="store_true", help=f.metadata["meaning"])
     if f.metadata["positional"]:
-        return dict(nargs="+", metavar=spelled(f), help=f.metadata["meaning"])
+        several = dict(nargs="+") if f.type == tuple[str, ...] else {}
+        return dict(metavar=spelled(f), help=f.metadata["meaning"], **several)
     optional = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
     kind = next(t for t in optional if t is not types.NoneType)
     if typing.get_origin(kind) is tuple:
@@ -351,6 +381,16 @@ def _refuse_typographic(word):
     name = word.split("=")[0].lstrip(DASHES + "-")
     if set(DASHES) & set(word[: word.index(name)]) and (meant := _nearest(name, _names(*COMMANDS))):
         raise UserError(f"{word}: begins with a typographic dash; write --{meant}")
+
+
+def _refuse_token(word):
+    """Not to be read is the best that can happen to a secret on a command line; it is not repeated either."""
+    name = word.split("=")[0]
+    if name.replace("-", "_") in ("__hub_token", "__token"):
+        raise UserError(
+            f"{name}: a token on the command line is seen by others and kept by the shell; set HF_TOKEN, or log in "
+            "once with: hf auth login"
+        )
 
 
 def _names(*commands):
