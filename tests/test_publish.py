@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -362,6 +363,14 @@ def test_a_base_is_named_by_its_hub_id_alone(exported, base, named):
     read = ModelCard(a_card(exported, identity=dict(base=base)))
     assert read.data.base_model == (base if named else None)
     assert (base in read.text) == named
+
+
+def test_no_prompt_ends_a_block_of_code(exported):
+    """What stands behind it would be headings, links and pictures of somebody else's."""
+    prompt = "x\n```\n# owned\n````\n## owned"
+    text = a_card(exported, identity={}, report=dict(prompts=[prompt], rows=[]))
+    blocks = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1`*$", re.M | re.S)
+    assert text.count("owned") == 2 and "owned" not in blocks.sub("", text)
 
 
 def test_the_licence_is_the_bases_where_it_is_known(exported):
