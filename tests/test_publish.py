@@ -346,7 +346,9 @@ def test_the_head_is_read_back_whatever_the_prompt(exported, text):
     weights.metadata["modelspec.trigger_phrase"] = text
     report = dict(prompts=[text], rows=[])
     read = ModelCard(
-        card(Facts(ID, weights, ("lora.safetensors",), gallery=((text, "a.png"),), identity={}, report=report))
+        card(
+            Facts(ID, weights, ("lora.safetensors",), gallery=((text, "a.png"),), identity=dict(rank=4), report=report)
+        )
     )
     line = " ".join(text.split())
     assert read.data.widget == [{"text": line or "-", "output": {"url": "a.png"}}]
@@ -368,7 +370,7 @@ def test_a_base_is_named_by_its_hub_id_alone(exported, base, named):
 def test_no_prompt_ends_a_block_of_code(exported):
     """What stands behind it would be headings, links and pictures of somebody else's."""
     prompt = "x\n```\n# owned\n````\n## owned"
-    text = a_card(exported, identity={}, report=dict(prompts=[prompt], rows=[]))
+    text = a_card(exported, identity=dict(rank=4), report=dict(prompts=[prompt], rows=[]))
     blocks = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1`*$", re.M | re.S)
     assert text.count("owned") == 2 and "owned" not in blocks.sub("", text)
 
