@@ -244,7 +244,9 @@ def _png(path):
 
 
 def _token():
-    return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored login's token"
+    """Where the token comes from, in the order in which huggingface_hub looks."""
+    names = (name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name))
+    return next(names, "the stored login's token")
 
 
 @contextlib.contextmanager

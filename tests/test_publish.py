@@ -263,6 +263,16 @@ def test_a_short_failure_is_waited_out(hub, finished, fault):
     assert set(published(hub)) == ALLOWED
 
 
+def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, finished, monkeypatch):
+    monkeypatch.setattr("infer.publish.SECONDS", 0.1)
+    for place in ("whoami", "info", "commit"):
+        hub.faults[place] = ["silent"]
+        with pytest.raises(MachineError, match="the hub was not reached: .*timed out"):
+            do(finished)
+    do(finished)
+    assert set(published(hub)) == ALLOWED
+
+
 def test_what_is_missing_is_named_with_the_command_that_makes_it(hub, finished, tmp_path):
     with pytest.raises(UserError, match="lora.safetensors: not there; run python -m train --output_dir"):
         do(tmp_path / "nothing")
@@ -443,6 +453,21 @@ def test_the_real_command_imports_no_torch(hub, finished, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("published\n[]\n") and set(published(hub)) == ALLOWED
     assert TOKEN not in ended.stdout + ended.stderr
+
+
+def test_a_signal_behind_the_last_step_ends_at_once():
+    """Nothing is left to save while a finished run is published."""
+    code = (
+        "import os, signal\n"
+        "from data.common import safe\n"
+        "def main(argv):\n"
+        "    safe.Signals()\n"
+        "    safe.end_at_once()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "safe.run(main, [])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr == "error: interrupted; run the same command to go on\n"
 
 
 @pytest.mark.slow
