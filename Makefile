@@ -11,7 +11,8 @@ VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 
 # A small SDXL that lies in this repository, and pictures that are drawn here: CPU, offline, two minutes.
 toy.before     = $(PYTHON) -m data.toy.draw "$$RUN/pictures"
-toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no
+toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no \
+                 --validation_fraction 0.1
 toy.train      = --rank 16 --train_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 250 --learning_rate 4e-3 \
                  --lr_scheduler cosine --lr_warmup_steps 20 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
 toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \
@@ -23,7 +24,7 @@ toy.after      = $(PYTHON) -m data.toy.score "$$RUN"
 # SDXL on the Naruto captions, within the memory of a 16 GB T4.
 SDXL = --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --resolution 1024 --mixed_precision fp16
-naruto.precompute = $(SDXL) --dataset_name lambdalabs/naruto-blip-captions
+naruto.precompute = $(SDXL) --dataset_name lambdalabs/naruto-blip-captions --validation_fraction 0.02
 naruto.train      = --rank 32 --lora_alpha 32 --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 \
                     --learning_rate 1e-4 --lr_scheduler constant --use_8bit_adam --mixed_precision fp16 --seed 42
 naruto.compare    = --prompt "Naruto Uzumaki eating ramen" "Bill Gates in Naruto style" "A boy with blue eyes in Naruto style"

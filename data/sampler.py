@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import torch
 
-STREAMS = ("order", "noise", "timestep", "posterior", "dropout", "flip", "caption", "variant")
+STREAMS = ("order", "noise", "timestep", "posterior", "dropout", "flip", "caption", "variant", "validation")
 
 
 def generator(seed, stream, step, slot=0):

@@ -33,7 +33,9 @@ MAY = {  # a folder, or one file of it, and what it may import; the longest name
         "data.check",
         "data.encoders",
         "data.progress",
+        "train.curves",
     },
+    "train/curves.py": {"data.common"},  # reads without torch
     "infer/sample.py": {"data.common", "data.models"},  # the trainer imports it
 }
 PACKAGES = {"lora", "data", "train", "infer"}

@@ -138,9 +138,10 @@ def test_what_another_machine_needs_is_on_drive_after_each_save(colab, capsys):
     names["keep"]()
     assert capsys.readouterr().out == ""  # nothing is new
     (run / "lora.safetensors").write_text("done")
+    (run / "lora-best.safetensors").write_text("best")
     names["keep"]()
     before = content(kept)
-    assert before["lora.safetensors"] == b"done" and len(before) == 8
+    assert before["lora.safetensors"] == b"done" and before["lora-best.safetensors"] == b"best" and len(before) == 9
 
     names = set_up(colab, name="cats")  # the same machine, run again: what was removed on Drive is not copied again
     capsys.readouterr(), names["keep"]()

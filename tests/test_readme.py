@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_every_flag_is_in_the_table_of_its_command(command):
     table = README.split(f"**`python -m {command}`**")[1].split("\n\n")[1]
     cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
-    wanted, words = {}, {MISSING: "required", False: "off", None: ""}
+    wanted, words = {}, {MISSING: "required", False: "off", None: "", (): ""}
     for f in fields(COMMANDS[command]):
         word = next((word for default, word in words.items() if f.default is default), f"`{f.default}`")
         wanted[f"`{spelled(f)}`"] = [word, f.metadata["meaning"]]

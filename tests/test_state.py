@@ -18,6 +18,7 @@ from train.state import read_state, restore, save_state
 
 IDENTITY = asdict(settings("train", lr_scheduler="cosine", output_dir="a")) | dict(base="x", cache="y")
 PLAN = dict(recomputed=["a.b"], made_for=dict(vram_gib=8.0))
+BEST = dict(step=2, difference=-0.25)
 
 
 class Attention(nn.Module):
@@ -48,7 +49,7 @@ class Setup:
         return self
 
     def save(self, folder, step, **changes):
-        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN)
+        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN, BEST)
 
     def load(self, folder, **changes):
         return restore(read_state(folder, IDENTITY | changes), self.adapters, self.optimizer, self.scaler)
@@ -67,7 +68,7 @@ def test_going_on_equals_never_having_stopped(kind, fp16, tmp_path):
         straight.step(number)
     straight.save(tmp_path, 3)
     resumed = Setup(seed=9, kind=kind, fp16=fp16)  # another start: everything must come from the file
-    assert resumed.load(tmp_path) == (3, PLAN)
+    assert resumed.load(tmp_path) == (3, PLAN, BEST)
     for part, master in zip(resumed.adapters.parameters, straight.adapters.masters):
         assert torch.equal(part, master.to(part.dtype))  # the model got the numbers
     assert resumed.scaler.get_scale() == straight.scaler.get_scale() == (2.0**15 if fp16 else 1.0)
@@ -79,7 +80,7 @@ def test_going_on_equals_never_having_stopped(kind, fp16, tmp_path):
 def test_nothing_saved_is_step_0_and_changes_nothing(tmp_path):
     setup = Setup()
     before = setup.adapters.vector.detach().clone()
-    assert setup.load(tmp_path / "state") == (0, None)
+    assert setup.load(tmp_path / "state") == (0, None, None)
     assert torch.equal(setup.adapters.vector, before)
 
 
@@ -88,7 +89,7 @@ def test_the_last_two_are_kept(tmp_path):
     for step in (1, 2, 30, 999_999, 1_000_000):
         setup.save(tmp_path, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1000000.state", "999999.state"]
-    assert setup.load(tmp_path) == (1_000_000, PLAN)  # by number: as text it would be the older one
+    assert setup.load(tmp_path) == (1_000_000, PLAN, BEST)  # by number: as text it would be the older one
 
 
 def flip(path):
@@ -110,7 +111,7 @@ def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, t
     setup.step(1).save(tmp_path, 2)
     damage(tmp_path / "000002.state")
     resumed = Setup(seed=9)
-    assert resumed.load(tmp_path) == (1, PLAN)
+    assert resumed.load(tmp_path) == (1, PLAN, BEST)
     assert "000002.state: damaged" in capsys.readouterr().out
     assert torch.equal(resumed.adapters.vector, first)
     damage(tmp_path / "000001.state")
@@ -121,7 +122,15 @@ def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, t
     assert torch.equal(untouched.adapters.vector, before)
 
 
-FREE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
+FREE = {
+    "output_dir",
+    "cache_dir",
+    "restart",
+    "max_train_steps",
+    "num_train_epochs",
+    "checkpointing_steps",
+    "validation_steps",
+}
 FREE |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
 FREE |= {"validation_steps", "push_to_hub", "hub_model_id", "private"}
 
@@ -133,7 +142,7 @@ def test_every_flag_but_those_that_may_change_is_held(tmp_path):
     for name, value in IDENTITY.items():
         other = {name: 7 if not isinstance(value, str) else "other"}
         if name in FREE:
-            assert Setup().load(tmp_path, **other) == (1, PLAN)
+            assert Setup().load(tmp_path, **other) == (1, PLAN, BEST)
         else:
             words = dict(cache="other rows in the cache", network_weights="begun without a file of weights, and one is")
             said = words.get(name, f"{name} {value} there, {other[name]} here")
@@ -157,7 +166,7 @@ def test_a_flag_that_a_state_lacks_had_its_default(tmp_path, monkeypatch):
     monkeypatch.setattr("train.same_run.DEFAULTS", DEFAULTS | dict(later=1.5))
     setup = Setup().step(0)
     setup.save(tmp_path, 1)
-    assert setup.load(tmp_path, later=1.5) == (1, PLAN)
+    assert setup.load(tmp_path, later=1.5) == (1, PLAN, BEST)
     with pytest.raises(UserError, match="later 1.5 there, 2.0 here"):
         setup.load(tmp_path, later=2.0)
 
@@ -177,7 +186,7 @@ def test_a_damaged_state_does_not_count_as_one_of_those_that_are_kept(tmp_path):
     for step in (1, 2):
         setup.save(tmp_path, step)
     flip(tmp_path / "000002.state")
-    assert setup.load(tmp_path) == (1, PLAN)
+    assert setup.load(tmp_path) == (1, PLAN, BEST)
     setup.save(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.glob("*.state")) == ["000001.state", "000003.state"]
     assert (tmp_path / "000002.damaged").exists()

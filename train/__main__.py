@@ -5,14 +5,17 @@ from dataclasses import replace
 
 from data import check
 from data.common import door, safe
+from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
+from train import trackers
 
-WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
+    trackers.check_installed(settings.report_to)
     with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
         from data.cache import cache_folder, read_manifest
         from infer.publish import ask, publish
@@ -28,9 +31,11 @@ def main(argv):
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:
                     same_run.check_at_the_door(run, settings, manifest)
+                something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
                 repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
-                with lean("transformers"):
+                # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
+                with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
 
                 train(settings, run)
@@ -40,6 +45,15 @@ def main(argv):
         if repository:
             safe.end_at_once()
             publish(repository, run)
+
+
+def something_to_look_at(settings, manifest):
+    """Raise UserError for --validation_steps where the cache, whose manifest it is, has nothing for them."""
+    if settings.validation_steps and not manifest["held_out"] and not manifest["validation_prompts"]:
+        raise UserError(
+            "--validation_steps: the cache has no picture held out and no prompt to draw; "
+            "run precompute with a --validation_fraction or a --validation_prompt first"
+        )
 
 
 if __name__ == "__main__":

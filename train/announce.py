@@ -23,7 +23,9 @@ def before(run):
         f"rank {settings.rank} on {len(run.adapters.projections())} projections, {trained / 1e6:,.2f} million weights; "
         f"--mixed_precision {settings.mixed_precision}; {blocks} recomputed"
     )
-    state, export, exports = bytes_to_save(settings, run.adapters.vector.numel(), run.start)
+    state, export, exports = bytes_to_save(
+        settings, run.adapters.vector.numel(), run.start, run.validation.pictures > 0
+    )
     print(
         f"a save after every {many(settings.checkpointing_steps, 'step')}: 2 states of {mib(state)} and "
         f"{exports} × {mib(export)} of weights; from step {run.start}",
@@ -40,6 +42,8 @@ def stopped(run, done):
 def after(run, seconds):
     """What is there now, and the next command."""
     weights, folder = run.folder / "lora.safetensors", shlex.quote(str(run.folder))
+    if best := run.validation.best:
+        print(f"lowest held-out loss of the saves: step {best['step']:.0f}, {run.folder / 'lora-best.safetensors'}")
     print(f'{weights} after {duration(seconds)}; next: python -m infer --output_dir {folder} --prompt "…"')
 
 

@@ -59,7 +59,6 @@ def loss_weight(t, alpha_bar, prediction_type, snr_gamma):
     return snr.clamp(max=snr_gamma) / (snr + 1)
 
 
-def loss(prediction, wanted, weight):
-    """Weighted mean squared error, fp32: mean over each sample's elements, then over the batch."""
-    per_sample = (prediction.float() - wanted.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return (weight * per_sample).mean()
+def squared_error(prediction, wanted):
+    """Mean squared error (B,) of each sample, fp32: over its elements."""
+    return (prediction.float() - wanted.float()).square().mean(dim=(1, 2, 3))

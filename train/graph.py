@@ -23,16 +23,28 @@ class Eager:
         return self.function(**{name: tensor.to(self.device) for name, tensor in batch.items()})
 
 
+def preparer(device, capture):
+    """-> prepare(function, batches): Captured where there is a GPU and `capture` is on, else Eager.
+
+    All that one preparer captures shares its memory, because only one of them computes at a time.
+    """
+    if device.type != "cuda" or not capture:
+        return lambda function, batches: Eager(function, device)
+    pool = torch.cuda.graph_pool_handle()
+    return lambda function, batches: Captured(function, device, batches, pool)
+
+
 class Captured:
     """The same, as one captured graph for each shape of batch. All graphs share their memory.
 
     function: tensors by name -> a tensor. What it writes while it is captured is rubbish.
     batches: one of every shape that will be asked for, the largest first.
+    pool: the memory of graphs captured before, which this one may use as well.
     What a call returns is overwritten by the next one.
     """
 
-    def __init__(self, function, device, batches):
-        self.function, self.pool = function, torch.cuda.graph_pool_handle()
+    def __init__(self, function, device, batches, pool=None):
+        self.function, self.pool = function, pool or torch.cuda.graph_pool_handle()
         batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
         # All shapes run before the first is captured, because a graph keeps its memory and a run next to it would need
         # as much again.

@@ -33,7 +33,10 @@ from train.health import Health, describe
 from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
 from train.same_run import begin, identity_of, remember
+from train.samples import Samples
 from train.state import need_room, read_state, restore, save_state
+from train.trackers import Trackers
+from train.validate import Validation
 
 
 def train(settings, folder):
@@ -46,7 +49,8 @@ def train(settings, folder):
 
     announce.before(run)
     health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
-    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device) as metrics:
+    trackers = Trackers(settings.report_to, folder, run.start, settings)
+    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device, trackers) as metrics:
         for step in range(run.start, settings.max_train_steps):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()
@@ -66,34 +70,35 @@ def train(settings, folder):
             run.adapters.refresh()  # the layers compute with the stepped weights from here on
 
             done, scale = step + 1, run.scaler.get_scale()
-            metrics.log(
-                done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
-            )
-            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stop.received:
+            numbers = dict(loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows)
+            metrics.log(done, images_per_step, **numbers, **run.validation.measure(done, stop))
+            signal = stop.received  # asked once, because one that comes after the save is the next step's
+            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or signal:
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
-            if stop.received and done < settings.max_train_steps:
-                raise Stopped(stop.received, announce.stopped(run, done))
+            metrics.show(done, run.samples.draw(done, stop))
+            if signal and done < settings.max_train_steps:
+                raise Stopped(signal, announce.stopped(run, done))
     export_weights(run, "lora")
     announce.after(run, metrics.seconds())
 
 
 def micro_step(run, **batch):
     """Forward and backward of one micro-batch: its share of the step's gradient is added to the adapters'. -> loss"""
-    loss = forward(run, **batch)
+    weight = diffusion.loss_weight(batch["t"], run.alpha_bar, run.prediction_type, run.settings.snr_gamma)
+    loss = (weight * forward(run, **batch)).mean()
     share = run.scaler.scale(loss / run.settings.gradient_accumulation_steps)
     run.adapters.add_gradients(torch.autograd.grad(share, run.adapters.parameters))
     return loss.detach()
 
 
 def forward(run, *, x0, eps, t, text, pooled, time_ids):
-    """The loss of one micro-batch, fp32: noised, predicted, compared. train/batches.py says what the tensors are."""
+    """Squared errors (B,) of the pictures: noised, predicted, compared. train/batches.py says what the tensors are."""
     xt = diffusion.add_noise(x0, eps, t, run.alpha_bar)
     condition = dict(text_embeds=pooled.to(run.dtype), time_ids=time_ids)
     prediction = run.unet(xt.to(run.dtype), t, text.to(run.dtype), added_cond_kwargs=condition).sample
     target = diffusion.target(x0, eps, t, run.alpha_bar, run.prediction_type)
-    weight = diffusion.loss_weight(t, run.alpha_bar, run.prediction_type, run.settings.snr_gamma)
-    return diffusion.loss(prediction, target, weight)
+    return diffusion.squared_error(prediction, target)
 
 
 @dataclass
@@ -115,10 +120,13 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict  # what a continuation of this run must agree with
     origin: files.Origin  # what its files of weights say
+    samples: Samples  # pictures while training
     start: int  # steps that are done
     memory_plan: dict | None  # which blocks are recomputed, and what that was decided for
+    best: dict | None  # of the saves before `start`, the step with the lowest held-out loss, and that
     # `micro_step` above for a batch on the CPU, captured as a graph where there is a GPU
     micro_step: Callable | None = None
+    validation: Validation | None = None
 
 
 def setup(settings, folder):
@@ -141,8 +149,8 @@ def setup(settings, folder):
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
-    start, memory_plan = restore(state, adapters, optimizer, scaler)
-    need_room(folder, settings, adapters.vector.numel(), start)
+    start, memory_plan, best = restore(state, adapters, optimizer, scaler)
+    need_room(folder, settings, adapters.vector.numel(), start, cache.manifest["held_out"] > 0)
     if state:
         remember(folder, identity, cache.folder)
     else:
@@ -172,15 +180,17 @@ def setup(settings, folder):
             zero_snr=scheduler["rescale_betas_zero_snr"],
             trigger_phrase=cache.manifest.get("instance_prompt"),
         ),
+        samples=Samples(settings, folder, cache, base, vae, unet),
         start=start,
         memory_plan=memory_plan,
+        best=best,
     )
     plan_and_capture(run)
     return run
 
 
 def plan_and_capture(run):
-    """Decide which blocks recompute their activations, and give the run its micro-step."""
+    """Decide which blocks recompute their activations, and give the run its micro-step and its validation."""
     settings, eager = run.settings, graph.Eager(partial(micro_step, run), run.device)
     samples = run.batches.one_of_each_bucket()
     # what a new optimizer allocates in its first step; one that was restored has it
@@ -193,23 +203,27 @@ def plan_and_capture(run):
         run.device,
         optimizer_bytes,
         run.memory_plan,
+        run.samples.memory,
     )
     plan.recompute(run.unet, run.memory_plan["recomputed"])
-    if run.device.type == "cuda" and not settings.no_cuda_graph:
-        run.micro_step = graph.Captured(eager.function, run.device, samples)
-    else:
-        run.micro_step = eager
+    prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)
+    run.micro_step = prepare(eager.function, samples)
+    errors = partial(prepare, torch.no_grad()(partial(forward, run)))
+    run.validation = Validation(settings, run.cache, len(run.alpha_bar), run.adapters, errors, run.best)
 
 
 def save(run, done):
     """The weights after `done` steps, then the state. In this order, because a run that goes on from the state starts
     behind the step that wrote the weights."""
     export_weights(run, f"lora-{done:06d}")
+    if run.validation.is_best(done):
+        export_weights(run, "lora-best")
     keep_state(run, done)
 
 
 def keep_state(run, done):
-    save_state(run.folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan)
+    best = run.validation.best
+    save_state(run.folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan, best)
 
 
 def export_weights(run, name):
@@ -221,7 +235,7 @@ def give_up(run, step, error):
     """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved."""
     if step:
         keep_state(run, step)
-    run.micro_step = None  # a captured graph holds the memory that the forwards need now
+    run.micro_step = run.validation = None  # captured graphs hold the memory that the forwards need now
     torch.cuda.empty_cache()
     where = describe(run.unet, run.adapters, graph.Eager(partial(forward, run), run.device), run.batches, step)
     kept = f"; {run.folder / 'state'} has step {step}" if step else ""

@@ -32,6 +32,7 @@ FACTS = {
         "recomputed": either(one_of(None), each(text(), 0, 10**5)),
         "threads": whole(1, 10**5, missing=1),
     },
+    "best": either(one_of(None), named(number(-1e38, 1e38)), missing=None),
 }
 _of_8_bit = ["step", *(f"{name}{i}" for name in ("state", "qmap", "absmax") for i in (1, 2))]
 OPTIMIZERS = [  # what each keeps; bitsandbytes' keeps few weights in 32 bits
@@ -41,17 +42,18 @@ OPTIMIZERS = [  # what each keeps; bitsandbytes' keeps few weights in 32 bits
 DIGEST = hashlib.sha256().digest_size
 
 
-def save_state(folder, step, adapters, optimizer, scaler, identity, plan):
+def save_state(folder, step, adapters, optimizer, scaler, identity, plan, best):
     """Write the state after `step` optimizer steps; older ones go once it is safe on disk.
 
-    identity: what a continuation must agree with, {name: plain value}; plan: what it takes over (plan.make), plain
-    values.
+    identity: what a continuation must agree with, {name: plain value}; plan (plan.make) and best (validate.Validation):
+    what it takes over, plain values.
     """
     tensors, numbers = {"vector": adapters.vector.detach()}, {}
     for name, value in optimizer.state[adapters.vector].items():
         kept = tensors if torch.is_tensor(value) else numbers
         kept[f"optimizer.{name}"] = value
-    facts = dict(version=VERSION, step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity, plan=plan)
+    facts = dict(version=VERSION, step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity)
+    facts |= dict(plan=plan, best=best)
     blob = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"state": json.dumps(facts)})
     with atomic_write(folder / f"{step:06d}.state") as file:
         file.write(blob)
@@ -110,9 +112,9 @@ def _parts(path, blob):
 
 
 def restore(state, adapters, optimizer, scaler):
-    """Put back what read_state gave. -> how many steps are done, and the plan; 0 and None when there was no state."""
+    """Put back what read_state gave. -> how many steps are done, the plan, the best save; 0, None, None without one."""
     if not state:
-        return 0, None
+        return 0, None, None
     facts, tensors = state
     if tensors["vector"].shape != adapters.vector.shape or facts["scaler"].keys() != scaler.state_dict().keys():
         raise UserError(f"the state of step {facts['step']} is another model's or precision's; {ADVICE}")
@@ -123,22 +125,26 @@ def restore(state, adapters, optimizer, scaler):
     if moments:
         optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
-    return facts["step"], facts["plan"]
+    return facts["step"], facts["plan"], facts["best"]
 
 
-def bytes_to_save(settings, length, start):
-    """What a run saves from `start` on, with a vector of `length`. -> bytes of a state, bytes of an export, exports"""
+def bytes_to_save(settings, length, start, best):
+    """What a run saves from `start` on, with a vector of `length`. -> bytes of a state, bytes of an export, exports
+
+    best: whether the best save is exported once more.
+    """
     every, last = settings.checkpointing_steps, settings.max_train_steps
     exports = 1 + last // every - start // every + (last % every > 0)  # the final one, those in between, one at the end
+    exports += best
     return length * (4 + (2 if settings.use_8bit_adam else 8)), 2 * length, exports
 
 
-def need_room(folder, settings, length, start):
+def need_room(folder, settings, length, start, best):
     """Raise MachineError when the disk cannot hold what a run saves from step `start` on, states and weights."""
-    state, export, exports = bytes_to_save(settings, length, start)
+    state, export, exports = bytes_to_save(settings, length, start, best)
     there = len(_files(folder / "state"))  # KEPT stay, and one more is there while it is written
     if start < settings.max_train_steps:
-        needed = max(1, KEPT + 1 - there) * state + exports * export
+        needed = max(1, KEPT + 1 - there) * state + (exports + best) * export  # a better one is written beside it
         need_space(folder, needed, "what the run will save (states and weights)")
 
 
