@@ -76,7 +76,14 @@ def finished(exported, tmp_path):
     rows += [dict(label="0.5", lora=dict(sha256=sha), scale=0.5, pictures=["finetuned-2_0.png", "finetuned-2_1.png"])]
     for i, name in enumerate([name for row in rows for name in row["pictures"]] + ["grid.png"]):
         write_png(run / "compare" / name, i)
-    report = dict(prompts=PROMPTS, rows=rows, seed=7, guidance_scale=5.0, command=f"python -m infer --output_dir {run}")
+    report = dict(
+        prompts=PROMPTS[:1],
+        unrelated_prompts=PROMPTS[1:],
+        rows=rows,
+        seed=7,
+        guidance_scale=5.0,
+        command=f"python -m infer --output_dir {run}",
+    )
     (run / "compare" / "report.json").write_text(json.dumps(report))
     (run / "compare" / "report.html").write_text("<!doctype html><p>report")
     (run / "compare" / "scores.json").write_text('{"base": {"style": 0.0}, "lora": {"style": 0.93}}')
@@ -188,6 +195,17 @@ def test_a_report_that_names_a_place_of_this_machine_stays_here(hub, finished, c
     do(finished)
     assert set(published(hub)) == ALLOWED - {"compare/report.html"}
     assert f"report.html names {finished}" in capfd.readouterr().out
+
+
+def test_what_the_real_commands_made_is_published(hub, run):
+    """Its comparison is of its weights, and its page names no place of this machine."""
+    do(run.folder)
+    pictures = {f"compare/{name}_{i}.png" for name in ("baseline", "finetuned") for i in range(2)}
+    pages = {"README.md", "compare/grid.png", "compare/report.html"}
+    assert published(hub).keys() - {"lora-best.safetensors"} == {"lora.safetensors"} | pages | pictures
+    for content in published(hub).values():
+        assert str(run.folder.parent).encode() not in content and str(ROOT).encode() not in content
+    assert ModelCard(published(hub)["README.md"].decode()).data.base_model is None
 
 
 # ---- How it fails
@@ -396,14 +414,11 @@ def test_the_card_tells_what_the_run_was(hub, finished):
     text = published(hub)["README.md"].decode()
     assert "A LoRA of rank 4, alpha 6, for [somebody/sdxl]" in text and "200 steps" in text
     assert "--learning_rate 0.002 --lr_scheduler cosine" in text and "--network_weights LORA" in text
-    assert "python -m infer --output_dir RUN --prompt 'a red fox' 'a blue: bird' --seed 7\n" in text
+    assert "python -m infer --output_dir RUN --prompt 'a red fox' --unrelated_prompt 'a blue: bird' --seed 7\n" in text
     assert "| best | 100 | -0.0123 ± 0.0011 |" in text and "| last | 200 | -0.0100 ± 0.0011 |" in text
     assert "| style | 0.00 | 0.93 |" in text and "`ohwx ink`" in text and "24 pictures" in text
     head = yaml.safe_load(text.split("---")[1])
-    assert [shown["output"]["url"] for shown in head["widget"]] == [
-        "compare/finetuned_0.png",
-        "compare/finetuned_1.png",
-    ]
+    assert [shown["output"]["url"] for shown in head["widget"]] == ["compare/finetuned_0.png"]
     assert head["instance_prompt"] == "ohwx ink" and head["base_model"] == "somebody/sdxl"
 
 

@@ -132,7 +132,7 @@ FREE = {
     "validation_steps",
 }
 FREE |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
-FREE |= {"validation_steps", "push_to_hub", "hub_model_id", "private"}
+FREE |= {"report_to", "push_to_hub", "hub_model_id", "private"}
 
 
 def test_every_flag_but_those_that_may_change_is_held(tmp_path):
