@@ -174,8 +174,12 @@ def _infer(report):
     declared = {f.name: f.default for f in fields(Infer)}
     plain = {name: value for name, value in report.items() if isinstance(value, (int, float, str))}
     flags = {name: value for name, value in plain.items() if name in declared and value != declared[name]}
-    prompts = " ".join(map(shlex.quote, report["prompts"]))
-    return f"python -m infer --output_dir RUN --prompt {prompts}{_words(flags)}"
+    prompts = "".join(
+        f" --{flag} {' '.join(map(shlex.quote, report[name]))}"
+        for flag, name in (("prompt", "prompts"), ("unrelated_prompt", "unrelated_prompts"))
+        if report.get(name)
+    )
+    return f"python -m infer --output_dir RUN{prompts}{_words(flags)}"
 
 
 def _words(flags):

@@ -172,7 +172,7 @@ def report_of(run, digests):
     try:
         drawn_by = {row["lora"]["sha256"] for row in report["rows"] if row["lora"]}
         right = all(isinstance(name, str) for row in report["rows"] for name in row["pictures"])
-        right &= all(isinstance(prompt, str) for prompt in report["prompts"])
+        right &= all(isinstance(prompt, str) for prompt in [*report["prompts"], *report.get("unrelated_prompts", ())])
         right &= all(isinstance(row["scale"], (int, float)) for row in report["rows"])
     except (LookupError, TypeError):
         right = False
@@ -244,7 +244,9 @@ def _png(path):
 
 
 def _token():
-    return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored login's token"
+    """Where the token comes from, in the order in which huggingface_hub looks."""
+    names = (name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name))
+    return next(names, "the stored login's token")
 
 
 @contextlib.contextmanager

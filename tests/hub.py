@@ -9,7 +9,8 @@ Files go to it by git LFS where HF_HUB_DISABLE_XET is set, else as huggingface.c
 into pieces, many of which come in one request. Of those the lengths are kept, and `files` has the sha256 that was told.
 
 A fault is put in the way of a kind of request: hub.faults["commit"] = [503, "cut"] answers the first with 503 and cuts
-the connection of the second in the middle; the third goes through.
+the connection of the second in the middle; the third goes through. "lost" does what was asked and cuts then, "silent"
+does nothing.
 """
 
 import base64
@@ -104,6 +105,10 @@ class Hub:
         if fault == "cut":  # after half of what is sent, as when a cable is pulled
             request.rfile.read(length // 2)
             request.connection.shutdown(socket.SHUT_RDWR)
+            request.close_connection = True
+            return None
+        if fault == "silent":
+            threading.Event().wait(1)
             request.close_connection = True
             return None
         body = self.chunks(request) if "chunked" in request.headers.get("transfer-encoding", "") else None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,14 @@ def finished(exported, tmp_path):
     rows += [dict(label="0.5", lora=dict(sha256=sha), scale=0.5, pictures=["finetuned-2_0.png", "finetuned-2_1.png"])]
     for i, name in enumerate([name for row in rows for name in row["pictures"]] + ["grid.png"]):
         write_png(run / "compare" / name, i)
-    report = dict(prompts=PROMPTS, rows=rows, seed=7, guidance_scale=5.0, command=f"python -m infer --output_dir {run}")
+    report = dict(
+        prompts=PROMPTS[:1],
+        unrelated_prompts=PROMPTS[1:],
+        rows=rows,
+        seed=7,
+        guidance_scale=5.0,
+        command=f"python -m infer --output_dir {run}",
+    )
     (run / "compare" / "report.json").write_text(json.dumps(report))
     (run / "compare" / "report.html").write_text("<!doctype html><p>report")
     (run / "compare" / "scores.json").write_text('{"base": {"style": 0.0}, "lora": {"style": 0.93}}')
@@ -189,6 +197,17 @@ def test_a_report_that_names_a_place_of_this_machine_stays_here(hub, finished, c
     assert f"report.html names {finished}" in capfd.readouterr().out
 
 
+def test_what_the_real_commands_made_is_published(hub, run):
+    """Its comparison is of its weights, and its page names no place of this machine."""
+    do(run.folder)
+    pictures = {f"compare/{name}_{i}.png" for name in ("baseline", "finetuned") for i in range(2)}
+    pages = {"README.md", "compare/grid.png", "compare/report.html"}
+    assert published(hub).keys() - {"lora-best.safetensors"} == {"lora.safetensors"} | pages | pictures
+    for content in published(hub).values():
+        assert str(run.folder.parent).encode() not in content and str(ROOT).encode() not in content
+    assert ModelCard(published(hub)["README.md"].decode()).data.base_model is None
+
+
 # ---- How it fails
 
 
@@ -258,6 +277,16 @@ def test_after_any_failure_the_same_command_finishes(hub, finished, place, fault
 @pytest.mark.parametrize("fault", [503, "cut"])
 def test_a_short_failure_is_waited_out(hub, finished, fault):
     hub.faults |= dict(preupload=[fault] * 2, batch=[fault], upload=[fault] * 3)
+    do(finished)
+    assert set(published(hub)) == ALLOWED
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, finished, monkeypatch):
+    monkeypatch.setattr("infer.publish.SECONDS", 0.1)
+    for place in ("whoami", "info", "commit"):
+        hub.faults[place] = ["silent"]
+        with pytest.raises(MachineError, match="the hub was not reached: .*timed out"):
+            do(finished)
     do(finished)
     assert set(published(hub)) == ALLOWED
 
@@ -345,7 +374,9 @@ def test_the_head_is_read_back_whatever_the_prompt(exported, text):
     weights.metadata["modelspec.trigger_phrase"] = text
     report = dict(prompts=[text], rows=[])
     read = ModelCard(
-        card(Facts(ID, weights, ("lora.safetensors",), gallery=((text, "a.png"),), identity={}, report=report))
+        card(
+            Facts(ID, weights, ("lora.safetensors",), gallery=((text, "a.png"),), identity=dict(rank=4), report=report)
+        )
     )
     line = " ".join(text.split())
     assert read.data.widget == [{"text": line or "-", "output": {"url": "a.png"}}]
@@ -364,6 +395,14 @@ def test_a_base_is_named_by_its_hub_id_alone(exported, base, named):
     assert (base in read.text) == named
 
 
+def test_no_prompt_ends_a_block_of_code(exported):
+    """What stands behind it would be headings, links and pictures of somebody else's."""
+    prompt = "x\n```\n# owned\n````\n## owned"
+    text = a_card(exported, identity=dict(rank=4), report=dict(prompts=[prompt], rows=[]))
+    blocks = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1`*$", re.M | re.S)
+    assert text.count("owned") == 2 and "owned" not in blocks.sub("", text)
+
+
 def test_the_licence_is_the_bases_where_it_is_known(exported):
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
     assert ModelCard(a_card(exported, identity=dict(base=sdxl))).data.license == "openrail++"
@@ -375,14 +414,11 @@ def test_the_card_tells_what_the_run_was(hub, finished):
     text = published(hub)["README.md"].decode()
     assert "A LoRA of rank 4, alpha 6, for [somebody/sdxl]" in text and "200 steps" in text
     assert "--learning_rate 0.002 --lr_scheduler cosine" in text and "--network_weights LORA" in text
-    assert "python -m infer --output_dir RUN --prompt 'a red fox' 'a blue: bird' --seed 7\n" in text
+    assert "python -m infer --output_dir RUN --prompt 'a red fox' --unrelated_prompt 'a blue: bird' --seed 7\n" in text
     assert "| best | 100 | -0.0123 ± 0.0011 |" in text and "| last | 200 | -0.0100 ± 0.0011 |" in text
     assert "| style | 0.00 | 0.93 |" in text and "`ohwx ink`" in text and "24 pictures" in text
     head = yaml.safe_load(text.split("---")[1])
-    assert [shown["output"]["url"] for shown in head["widget"]] == [
-        "compare/finetuned_0.png",
-        "compare/finetuned_1.png",
-    ]
+    assert [shown["output"]["url"] for shown in head["widget"]] == ["compare/finetuned_0.png"]
     assert head["instance_prompt"] == "ohwx ink" and head["base_model"] == "somebody/sdxl"
 
 
@@ -432,6 +468,21 @@ def test_the_real_command_imports_no_torch(hub, finished, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("published\n[]\n") and set(published(hub)) == ALLOWED
     assert TOKEN not in ended.stdout + ended.stderr
+
+
+def test_a_signal_behind_the_last_step_ends_at_once():
+    """Nothing is left to save while a finished run is published."""
+    code = (
+        "import os, signal\n"
+        "from data.common import safe\n"
+        "def main(argv):\n"
+        "    safe.Signals()\n"
+        "    safe.end_at_once()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "safe.run(main, [])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr == "error: interrupted; run the same command to go on\n"
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def main(argv):
                 print(error.ways_on(argv))
                 raise
         if repository:
+            safe.end_at_once()
             publish(repository, run)
 
 
