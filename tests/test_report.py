@@ -364,7 +364,8 @@ def test_the_command_that_trains_the_same(trained):
             if f.type is bool:
                 values[f.name] = rng.random() < 0.5
             elif f.metadata["choices"]:
-                values[f.name] = rng.choice(f.metadata["choices"])
+                one = rng.choice(f.metadata["choices"])
+                values[f.name] = (one,) if f.type == tuple[str, ...] | None else one
             elif f.type in (float, float | None):
                 values[f.name] = rng.choice([0.25, 0.5, 1.0])
             elif f.type in (int, int | None):
