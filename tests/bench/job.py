@@ -1,9 +1,9 @@
 """The whole job, as large as the Naruto one: python -m tests.bench.job OUT
 
 Random weights of SDXL's shapes and 1,221 pictures of 1280 × 1024 go through the real commands: precompute, precompute
-again with nothing to do, 500 steps of 4 micro-steps with the held-out loss at each save, three prompts compared. Writes OUT/job.json: the seconds of each
-command from its start to its end, and of train to its first step. `--toy` does the same with the small pipeline, for a
-machine without a GPU.
+again with nothing to do, 500 steps of 4 micro-steps with the held-out loss at each save, three prompts compared. Writes
+OUT/job.json: the seconds of each command from its start to its end, and of train to its first step. `--toy` does the
+same with the small pipeline, for a machine without a GPU.
 """
 
 import argparse
