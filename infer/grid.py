@@ -12,7 +12,7 @@ LARGEST = 2**25  # pixels of all of them together
 COLUMNS = 8
 MARGIN, GAP, APART = 24, 6, 30  # around all, between pictures, between blocks
 TEXT, HEADING, LINE = 16, 20, 21  # sizes of letters, and from one baseline to the next
-LABEL = 168  # the widest line of a row's label
+LABEL, TITLE = 168, 560  # the widest line of a row's label; room for the heading of a narrow group
 LINES = 12  # of one prompt or label; what is longer ends in …
 PAPER, INK, GREY, RULE = "#ffffff", "#1c1c1e", "#55555a", "#d8d8dc"
 
@@ -52,10 +52,12 @@ def _block(labels, pictures, groups, cell, left, letters):
     title, step = Letters(HEADING), cell + GAP
     prompts = [_wrap(prompt or '""', letters, cell - 8) for _, some in groups for prompt in some]
     widths = [len(some) * step - GAP for _, some in groups]
-    headings = [_wrap(heading, title, width) if heading else [] for (heading, _), width in zip(groups, widths)]
+    rooms = widths if len(groups) > 1 else [max(widths[0], TITLE)]
+    headings = [_wrap(heading, title, room) if heading else [] for (heading, _), room in zip(groups, rooms)]
     rule = max(map(len, headings)) * (HEADING + 6) + 4
     top = (rule + 14 if any(headings) else 0) + max(map(len, prompts)) * LINE + 4
-    width = left + sum(widths) + APART * (len(groups) - 1) + MARGIN
+    widths = [max([width, *map(title.width, lines)]) for width, lines in zip(widths, headings)]
+    width = left + round(sum(widths)) + APART * (len(groups) - 1) + MARGIN
     block = Image.new("RGB", (width, top + len(labels) * step - GAP), PAPER)
     x = left
     for (_, some), lines, width in zip(groups, headings, widths):

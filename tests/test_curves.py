@@ -221,6 +221,13 @@ def test_learning_rates_far_apart_are_on_a_logarithmic_axis():
     assert axis.base == 10 and axis.place(1e-5) > 0.2 and axis.place(0.0) == 0 and axis.place(1e-3) > 0.9
 
 
+@pytest.mark.parametrize("values", [(0.1, 1.0), (-2.0, -1.9), (0.0, 5.0), (-3.0, 0.0), (-1.0, 1.0), (2.0, 2.0), (0.0,)])
+def test_an_axis_has_room_around_its_values_and_does_not_pass_0_for_it(values):
+    axis = panels([dict(loss=(list(range(1, 1 + len(values))), list(values)))], fine=False)[0].axis
+    assert axis.low <= min(values) and axis.high >= max(values) and axis.low < axis.high
+    assert (axis.low >= 0) == (min(values) >= 0) and (axis.high <= 0) <= (max(values) <= 0)
+
+
 def test_one_outlier_does_not_press_the_others_flat():
     steps = list(range(1, 1001))
     values = [0.1 + 0.01 * math.sin(step) for step in steps]

@@ -163,6 +163,12 @@ def test_what_no_font_has_is_named(bare):
             assert all(bytes(font.getmask(char)) != box for char in piece)
 
 
+def test_marks_are_not_drawn_without_their_letter():
+    """A font's dotted circle under a vowel sign would look like a box."""
+    has = letters._font(TEXT, "न")
+    assert Letters(TEXT).legible("नमस्ते fox") == ("नमस्ते fox" if has else "[Devanagari] fox")
+
+
 def test_it_is_said_once_what_no_font_has(bare, tmp_path, capsys):
     path = solid(tmp_path / "x.png", (1, 2, 3))
     grid([("base", [path] * 3)], [(None, ["नमस्ते", "दुनिया", "a fox 🦊"])])

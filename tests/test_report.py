@@ -189,6 +189,7 @@ def test_every_picture_is_at_its_place_and_described(tmp_path):
     wanted = [(row, i, prompt) for i, prompt in enumerate(("a fox", "a cat", "a house")) for row in range(3)]
     assert [p["alt"] for p in pictures] == [f"{prompt} ({labels[row]})" for row, _, prompt in wanted]
     assert [shown(p).getpixel((8, 8)) for p in pictures] == [colour(row, i) for row, i, _ in wanted]
+    assert [a["class"] for a in page.all("a") if "class" in a] == ["shot", "shot lora", "shot lora"] * 3
     assert page.text().index("a cat") < page.text().index("has leaked") < page.text().index("a house")
     assert "step 100 12 (with the concept 10.5); step 200 22 (with the concept 20.5)" in page.text()
     assert "Without the concept" not in Page(compared(tmp_path / "s")).text()
@@ -301,6 +302,7 @@ def test_curves_of_a_training(trained):
             ["Lowest at step 100", "by 0.0300 ± 0.0014", "risen by 0.0100"],
             [],
         ),
+        ([(100, -0.03, -0.034)], ["by 0.0040 ± 0.0014: that part is remembered"], ["risen"]),
         ([(100, 0.01, 0.01)], ["0.0100 ± 0.0010 above the base's"], ["risen"]),
     ],
 )
@@ -319,6 +321,9 @@ def test_what_the_held_out_loss_says(trained, differences, said, not_said):
         minus = lambda v: f"{v:.4f}".replace("-", "\N{MINUS SIGN}")  # noqa: E731
         assert f"{minus(difference)} ± 0.0010{minus(on_trained)} ± 0.0010" in page.text()
         assert f"{minus(difference * 1.5)} ± 0.0010" in page.text()  # the last band's
+    change_cache(run, held_out=3, instance_prompt="ohwx")
+    text = Page(write_report(run)).text()
+    assert "Trigger wordohwx" in text and "5 pictures, 3 held out" in text
     (run / "lora-best.safetensors").write_bytes(b"")
     assert "is lora-best.safetensors" in Page(write_report(run)).text()
 

@@ -234,12 +234,12 @@ def _with(runs, name):
 
 
 def _range(values):
-    """A linear axis with some room around the values."""
+    """A linear axis with some room around the values, but none on the other side of 0."""
     low, high = min(values), max(values)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     if low == high == 0:
         return Axis(0.0, 1.0)
-    return Axis(low - room if low else 0.0, high + room if high else 0.0)
+    room = (high - low) * 0.06 or abs(high) * 0.1
+    return Axis(low - room if low < 0 else max(0.0, low - room), high + room if high > 0 else min(0.0, high + room))
 
 
 def running_mean(values, span):
