@@ -30,7 +30,9 @@ from lora.contents import look
 SECONDS = 120  # that the hub may take for an answer
 SAMPLES = 4  # pictures of the training's end
 # What may lie in a repository because an earlier call put it there, and goes when the run has it no more.
-OURS = re.compile(r"lora-best\.safetensors|compare/(grid\.png|report\.html|\w+(-\d+)?_\d+\.png)|samples/\d+_\d+\.png")
+OURS = re.compile(
+    r"lora-best\.safetensors|compare/(grid\.png|report\.html|(baseline|finetuned)(-\d+)?_\d+\.png)|samples/\d+_\d+\.png"
+)
 PICTURE = re.compile(r"(baseline|finetuned)(-\d+)?_\d+\.png")
 SAVE = re.compile(r"lora-(\d{6,})\.safetensors")
 HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors

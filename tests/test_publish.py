@@ -156,13 +156,14 @@ def test_again_nothing_is_sent(hub, finished, capfd):
 def test_only_what_changed_is_sent_and_what_is_gone_goes(hub, finished):
     do(finished)
     hub.requests.clear()
-    hub.repositories[ID].files["mine.png"] = b"the user's own, put there by hand"
+    own = {"mine.png", "compare/mine_1.png"}
+    hub.repositories[ID].files |= dict.fromkeys(own, b"put there by hand")
     write_png(finished / "compare" / "grid.png", 1000)
     (finished / "lora-best.safetensors").unlink()
     do(finished)
     changes = {(line["key"], line["value"]["path"]) for line in hub.repositories[ID].lines[-1][1:]}
     assert changes == {("lfsFile", "compare/grid.png"), ("deletedFile", "lora-best.safetensors"), ("file", "README.md")}
-    assert set(published(hub)) == ALLOWED - {"lora-best.safetensors"} | {"mine.png"}
+    assert set(published(hub)) == ALLOWED - {"lora-best.safetensors"} | own
 
 
 def test_private_arrives_and_a_public_one_is_not_filled(hub, finished):
