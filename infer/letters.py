@@ -38,23 +38,26 @@ class Letters:
 
         Characters that have no shape of their own, such as controls and marks of direction, are left out.
         """
-        out, named = "", False
+        out, named, last = "", False, None  # last: what was named, with nothing but spaces since
         for char in _with_shapes(text):
             is_mark = unicodedata.category(char)[0] == "M"
             if char in (_EMOJI, _JOINER):
                 out += "" if named else char
-                continue
-            if char == " " or _font(self.size, char) and not (is_mark and named):
+            elif char == " ":
                 out, named = out + char, False
-                continue
-            plain = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
-            named = plain in ("", char) or not all(_font(self.size, c) for c in plain)
-            if named:
-                name = _in_words(char)
-                self.lacking += [name] if name not in self.lacking else []
-                plain = f"[{name}]"
-            out += plain
-        return re.sub(r"(\[[^]]+\])(\s*\1)+", r"\1", out)  # a sentence is not named letter by letter
+            elif _font(self.size, char) and not (is_mark and named):
+                out, named, last = out + char, False, None
+            else:
+                plain = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
+                named = named if plain == "" else plain == char or not all(_font(self.size, c) for c in plain)
+                if named and (name := _in_words(char)) == last:  # a sentence is not named letter by letter
+                    out = out.rstrip()
+                elif named:
+                    self.lacking += [name] if name not in self.lacking else []
+                    out, last = f"{out}[{name}]", name
+                else:
+                    out, last = out + plain, None
+        return out
 
     def width(self, text):
         """Pixels, of a text that legible() gave."""

@@ -155,6 +155,7 @@ def test_what_no_font_has_is_named(bare):
         pytest.skip("Pillow's own font has more than plain letters")
     assert bare.legible("café 𝐀bc a red fox") == "cafe Abc a red fox" and bare.lacking == []
     assert bare.legible("नमस्ते दुनिया fox") == "[Devanagari] fox"
+    assert bare.legible("[a] [a] न a न x\u0363") == "[a] [a] [Devanagari] a [Devanagari] x"
     assert bare.legible("赤い狐 🦊\ufe0f \ue000") == "[CJK][Hiragana][CJK] [fox face] [U+E000]"
     assert bare.lacking == ["Devanagari", "CJK", "Hiragana", "fox face", "U+E000"]
     box = bytes(ImageFont.load_default(TEXT).getmask("\U0010ffff"))
