@@ -70,9 +70,7 @@ def train(settings, folder):
             metrics.log(
                 done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
             )
-            stopping = (
-                stop.received
-            )  # a signal that comes after this is for the next step, because this one may be unsaved
+            stopping = stop.received  # a later one is for the next step, because this one may be unsaved then
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stopping:
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
