@@ -250,7 +250,9 @@ def in_words(draft, todo):
     place = todo.captions - draft.rows["first_caption"][having]
     captions = having, place % draft.facts["caption_variants"]
     before = before and (*before, read_manifest(draft.folder))
-    return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, todo)
+    besides = ["the unconditional embedding"] if before and todo.unconditional else []
+    besides += [many(len(todo.prompts), "validation prompt")] if todo.prompts else []
+    return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, besides)
 
 
 def room_for(draft, todo):

@@ -93,6 +93,11 @@ def test_unknown_and_missing_flags_are_named(command):
                 parse(command, NEEDED[command][:at] + NEEDED[command][at + 2 :])
 
 
+def test_a_token_that_slipped_in_is_not_printed():
+    with pytest.raises(UserError, match="^hf_…: no such flag"):
+        parse("infer.publish", [*NEEDED["infer.publish"], "hf_secret"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_defaults_are_those_declared_and_settings_are_frozen(command):
     settings = parse(command, NEEDED[command])

@@ -124,7 +124,7 @@ def test_pictures_take_their_share_of_the_budget(monkeypatch, capsys):
     kept = choose(made, budget - 150)
     beside = plan.make(budget / 2**30, False, None, None, gpu, 0, without, pictures=150)
     assert beside["recomputed"] == [block.name for i, block in enumerate(made) if i not in kept] != []
-    assert "GiB of it for pictures of the validation prompts" in capsys.readouterr().out
+    assert "GiB are kept for pictures of the validation prompts" in capsys.readouterr().out
     marked = beside | dict(recomputed=["marked"])
     assert plan.make(budget / 2**30, False, None, None, gpu, 0, marked, pictures=150) == marked
     with pytest.raises(MachineError, match="the memory is too small: at least --vram_gib"):

@@ -149,7 +149,7 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     budget = int(vram_gib * 2**30) if vram_gib else free
     if pictures:
-        print(f"memory: {pictures / 2**30:.2f} GiB of it for pictures of the validation prompts", flush=True)
+        print(f"memory: {pictures / 2**30:.2f} GiB are kept for pictures of the validation prompts", flush=True)
     kept = choose(blocks, budget)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
     print(

@@ -403,6 +403,7 @@ def _nearest(name, names):
 
 
 def _unknown(command, word):
+    word = "hf_…" if word.startswith("hf_") else word  # a token that slipped in is not printed
     name = word.lstrip("-")
     owner = next((other for other in COMMANDS if word in {f"--{name}" for name in _names(other)}), None)
     if owner:
