@@ -70,18 +70,10 @@ def train(settings, folder):
             run.adapters.refresh()  # the layers compute with the stepped weights from here on
 
             done, scale = step + 1, run.scaler.get_scale()
-<<<<<<< HEAD
             numbers = dict(loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows)
             metrics.log(done, images_per_step, **numbers, **run.validation.measure(done, stop))
             signal = stop.received  # asked once, because one that comes after the save is the next step's
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or signal:
-=======
-            metrics.log(
-                done, images_per_step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows
-            )
-            stopping = stop.received  # a later one is for the next step, because this one may be unsaved then
-            if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or stopping:
->>>>>>> pictures
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
             metrics.show(done, run.samples.draw(done, stop))

@@ -60,6 +60,7 @@ class Metrics:
     def show(self, step, pictures):
         """pictures: {name: PIL image}, drawn after `step` steps; {} where none were."""
         self.trackers.show(step, pictures)
+        self.time = time.perf_counter()  # a step's seconds are without those of the drawing before it
 
     def seconds(self):
         """Since the first step began."""
