@@ -200,7 +200,7 @@ def test_the_weights_are_the_same_bits_and_the_pictures_are_infers(prompted, run
     for i in (0, 1):
         last, before = (Image.open(folder / f"{step:06d}_{i}.png") for step in (6, 4))
         base, tuned = (Image.open(run.folder / "compare" / f"{kind}_{i}.png") for kind in ("baseline", "finetuned"))
-        assert difference(last, tuned) < 0.5 < 5 < difference(last, base)
+        assert difference(last, tuned) < 0.05 < 5 < difference(last, base)
         assert difference(last, before) > 1
 
 
