@@ -557,8 +557,10 @@ def test_in_a_browser_a_curve_tells_its_values_and_a_command_copies(page, wild):
     )
     assert page.run(output) == "step 20: trained on \u22120.05 ± 0.001, held out \u22120.02 ± 0.001"
     page.run("document.querySelector('.chart svg').focus()")
-    page.press("ArrowLeft")
+    page.press("ArrowRight", "ArrowLeft")
     assert page.run(output).startswith("step 10: ")
+    page.press("ArrowRight")
+    assert page.run(output).startswith("step 20: ")
     copied = "addEventListener('copy', () => { window.copied = getSelection().toString() })"
     page.run(copied)
     page.click(".copy")
