@@ -162,7 +162,7 @@ def _grids(report, pictures):
     """The prompts' pictures, and those of the unrelated prompts under a heading of their own."""
     rows, prompts = report["rows"], report["prompts"]
     unrelated = report.get("unrelated_prompts") or []
-    columns = max(len(prompts), len(unrelated))
+    columns = max(len(prompts), len(unrelated), min(len(rows), 5))  # many rows: smaller, so that more are in sight
     yield _section("Pictures", _intro(rows), _grid(prompts, 0, rows, pictures, columns))
     if unrelated:
         leaked = "These prompts do not name what was trained: what changes here has leaked."

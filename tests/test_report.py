@@ -350,6 +350,18 @@ def test_scores_of_any_kind(tmp_path):
     assert "baselorachancetrue inkstyle0.0120.900\N{MINUS SIGN}0.5001.000colour1.0001.000heldout loss0.6000.100" in text
 
 
+def test_the_toys_scores_come_onto_the_page_when_they_are_measured(tmp_path, monkeypatch):
+    """They are measured after the comparison, so the page is written again."""
+    from data.toy import score
+
+    assert "Scores" not in Page(compared(tmp_path)).text()
+    scores = {name: dict(style=0.123, colour=1.0, subject=1.0) for name in ("base", "lora")}
+    monkeypatch.setattr(score, "score", lambda run: scores | {"heldout_loss": {"base": 0.6, "lora": 0.1}})
+    monkeypatch.setattr(score, "on_the_toys_pictures", lambda run: True)
+    score.main([str(tmp_path)])
+    assert "style0.1230.123" in Page(tmp_path / "compare" / "report.html").text()
+
+
 # ---- Settings and commands
 
 
@@ -546,8 +558,10 @@ def test_in_a_browser_a_curve_tells_its_values_and_a_command_copies(page, wild):
     )
     assert page.run(output) == "step 20: trained on \u22120.05 ± 0.001, held out \u22120.02 ± 0.001"
     page.run("document.querySelector('.chart svg').focus()")
-    page.press("ArrowLeft")
+    page.press("ArrowRight", "ArrowLeft")
     assert page.run(output).startswith("step 10: ")
+    page.press("ArrowRight")
+    assert page.run(output).startswith("step 20: ")
     copied = "addEventListener('copy', () => { window.copied = getSelection().toString() })"
     page.run(copied)
     page.click(".copy")
