@@ -457,6 +457,7 @@ def wild(trained):
     """A page with everything on it, and hostile texts."""
     lines = [dict(step=i, loss=1 / i, lr=i / 10, loss_scale=2.0 ** (i // 9)) for i in range(1, 31)]
     lines[9]["held_out"], lines[19]["held_out"] = measured(-0.03, -0.03), measured(-0.02, -0.05)
+    lines[14]["held_out"] = measured(-0.025, -0.04)
     run = trained(lines, HOSTILE[1].replace("/", "")[:200], mixed_precision="bf16")
     noise = np.random.default_rng(0).integers(0, 256, (3, len(HOSTILE), 200, 160, 3), np.uint8)
     draw = lambda row, i: Image.fromarray(noise[row, i])  # noqa: E731
@@ -559,7 +560,7 @@ def test_in_a_browser_a_curve_tells_its_values_and_a_command_copies(page, wild):
     assert page.run(output) == "step 20: trained on \u22120.05 ± 0.001, held out \u22120.02 ± 0.001"
     page.run("document.querySelector('.chart svg').focus()")
     page.press("ArrowRight", "ArrowLeft")
-    assert page.run(output).startswith("step 10: ")
+    assert page.run(output).startswith("step 15: ")
     page.press("ArrowRight")
     assert page.run(output).startswith("step 20: ")
     copied = "addEventListener('copy', () => { window.copied = getSelection().toString() })"
