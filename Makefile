@@ -46,7 +46,7 @@ endif
 
 # Recipes read "$$RUN", because the shell does not split what it reads from a variable in quotes. Behind PICTURES ?=, because
 # what is exported before has a value, an empty one.
-export RUN CACHE PICTURES
+export RUN CACHE PICTURES HUB
 
 # ---- Targets
 
@@ -56,7 +56,7 @@ $(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, narut
 
 CACHE_DIR = $(if $(CACHE),--cache_dir "$$CACHE")
 
-.PHONY: help setup precompute train compare check lint test test-all bench clean
+.PHONY: help setup precompute train compare publish check lint test test-all bench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -81,6 +81,11 @@ compare:  ## base against LoRA on the preset's prompts -> RUN/compare/grid.png
 compare: setup
 	$(PYTHON) -m infer --output_dir "$$RUN" $($(NAME).compare) $(ARGS)
 	$($(NAME).after)
+
+publish:  ## RUN's weights, pictures and a model card -> the hub: HUB=USER/NAME (ARGS=--private)
+publish: setup
+	$(if $(HUB),,$(error HUB=USER/NAME names the repository, as in: make publish PRESET=$(PRESET) HUB=me/my-lora))
+	$(PYTHON) -m infer.publish "$$RUN" --hub_model_id "$$HUB" $(ARGS)
 
 check:  ## is the machine fit, and what is to do? Then the whole line on two pictures; nothing of it stays
 check: setup

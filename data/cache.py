@@ -6,8 +6,9 @@
                                   a caption has variants, its tags in several orders, they stand in its place
               names.txt           one line per example: the name that messages call it by
               posteriors-HxW.rows of one bucket's pictures, (2, 4, h, w): mean, standard deviation; unscaled
-              captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption; captions-152.rows
-                                  and captions-227.rows of longer ones
+              captions.rows       text (77, 2048) and pooled (1280,), flat, once per distinct caption, and of validation
+                                  prompts, which the manifest names; captions-152.rows and captions-227.rows of longer
+                                  ones
               *.keys              per row: the sha256 of all it was made of, and a checksum of its bytes
 
 A row is found by what it was made of. One that is there is never made again, and one whose caption, picture, model or
@@ -62,6 +63,7 @@ MANIFEST = {
     "caption_variants": fields.whole(1, 1000, missing=1),
     "caption_orders": fields.either(fields.text(), fields.one_of(None), missing=None),
     "instance_prompt": fields.either(fields.text(), fields.one_of(None), missing=None),
+    "validation_prompts": fields.named(fields.whole(0, 2**31), missing={}),  # {prompt: its row in captions.rows}
     "skipped": fields.each(fields.each(fields.text(10**5), 2), 0, 2**31),
     "content": _digest,
     "files": fields.named(_digest),
@@ -242,7 +244,7 @@ def write_index(folder, index, captions, names, manifest):
     files = {"index.npy": _npy(index), "captions.npy": _npy(captions)}
     files["names.txt"] = "".join(name + "\n" for name in names).encode()
     digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
-    keys = _keys(index, np.append(captions, manifest["unconditional"]), *_rows(folder, manifest))
+    keys = _keys(index, _texts(captions, manifest), *_rows(folder, manifest))
     manifest = {"version": VERSION, **manifest, "files": digests, "keys": keys}
     text = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
     path = folder / "manifest.json"
@@ -270,8 +272,13 @@ def _rows(folder, manifest):
     return captions, [Rows(folder, name, shape) for name, shape in zip(names, manifest["posterior_shapes"])]
 
 
+def _texts(captions, manifest):
+    """The rows of captions.rows that a cache refers to: of its captions, the unconditional one, validation prompts."""
+    return np.append(captions, [manifest["unconditional"], *manifest["validation_prompts"].values()])
+
+
 def _keys(index, captions, caption_rows, posteriors):
-    """{file of rows: digest of the keys of those rows that an index refers to}. Raises UserError for rows not there."""
+    """{file of rows: digest of the keys of those rows that a cache refers to}. Raises UserError for rows not there."""
     keys, bucket = {caption_rows.name: caption_rows.digest(captions)}, np.asarray(index["bucket"])
     pictures = np.stack([index["picture"], index["mirrored"]])
     for i, rows in enumerate(posteriors):
@@ -463,8 +470,7 @@ class Cache:
 
     def _check_keys(self):
         """Raise UserError when a row that the index refers to is not there, or is another one now."""
-        captions = np.append(self.caption_rows, self.manifest["unconditional"])
-        keys = _keys(self.index, captions, self.captions, self.posteriors)
+        keys = _keys(self.index, _texts(self.caption_rows, self.manifest), self.captions, self.posteriors)
         for name in keys:
             if keys[name] != self.manifest["keys"].get(name):
                 raise UserError(f"{self.folder / name}.rows: not the rows that the index was made for; {REPAIR}")
@@ -496,14 +502,19 @@ class Cache:
         places = records["first_caption"] + caption * variants + order
         captions = np.where(empty, self.manifest["unconditional"], self.caption_rows[places])
         posteriors = self.posteriors[records["bucket"][0]].read(pictures)
-        flat = self.captions.read(captions)
+        text, pooled = self.texts(captions)
         return dict(
             mean=posteriors[:, 0],
             std=posteriors[:, 1],
-            text=flat[:, : self.text_size].reshape(-1, *self.text_shape),
-            pooled=flat[:, self.text_size :],
+            text=text,
+            pooled=pooled,
             time_ids=np.where(np.asarray(mirrored)[:, None], records["mirrored_time_ids"], records["time_ids"]),
         )
+
+    def texts(self, rows):
+        """text (B, L, 2048) and pooled (B, 1280), fp16, of B rows of captions.rows, as fresh copies."""
+        flat = self.captions.read(rows)
+        return flat[:, : self.text_size].reshape(-1, *self.text_shape), flat[:, self.text_size :]
 
 
 def captions_name(text_shape):

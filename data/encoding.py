@@ -38,6 +38,7 @@ class Draft:
     examples: Examples
     rows: np.ndarray  # what each example is made of, as survey tells it
     caption_keys: np.ndarray  # of all their captions, one after the other
+    prompts: dict[str, bytes]  # the validation prompts and their keys, which find rows of captions
     names: list[str]
     unconditional: bytes  # the key of the unconditional embedding, which is one row of captions
     zeros: bool  # whether that is zeros, as SDXL's is, or the embedding of the empty caption
@@ -70,11 +71,12 @@ class Todo:
 
     unconditional: bool
     captions: np.ndarray  # indices into caption_keys
+    prompts: dict[str, bytes]  # of the draft's
     pictures: list[tuple[np.ndarray, np.ndarray]]  # of each bucket: indices of rows, and whether it is the mirror image
 
     def texts(self):
         """How many embeddings."""
-        return len(self.captions) + self.unconditional
+        return len(self.captions) + len(self.prompts) + self.unconditional
 
     def images(self):
         """How many posteriors."""
@@ -82,7 +84,7 @@ class Todo:
 
 
 def encode_captions(draft, todo, device, stop):
-    """Encode the captions that are missing, and the unconditional embedding."""
+    """Encode the captions and validation prompts that are missing, and the unconditional embedding."""
     if not todo.texts():
         return
     texts, long = draft.texts.load(device), []
@@ -93,6 +95,14 @@ def encode_captions(draft, todo, device, stop):
             embeddings = captions_in_batches(draft, texts, todo.captions, stop, long)
             draft.captions.write(len(todo.captions), embeddings, bar.update)
     stop_if_asked(stop)
+    if todo.prompts:
+        draft.captions.write(len(todo.prompts), texts.encode([(list(todo.prompts.values()), list(todo.prompts))]))
+    for prompt in filter(texts.truncated, todo.prompts):
+        print(
+            f"--validation_prompt {shortened(prompt)}: longer than CLIP reads; what follows {texts.tokens} tokens is "
+            "not seen",
+            flush=True,
+        )
     if long:
         print(
             f"longer than CLIP reads: {many(len(long), 'caption')}; what follows {texts.tokens} tokens is not seen, "

@@ -38,6 +38,7 @@ from data.models.identity import identities
 from data.survey import Skipped, changes, first_captions, key, missing, survey
 
 WRITES = ("manifest.json", "index.npy", "captions.npy", "names.txt", "captions.rows", "captions.keys")
+PROMPTS = 16  # that training draws: each takes as long as some dozens of its steps
 # What a resumed training must find unchanged, of each row.
 CONTENT = ("picture_key", "mirrored_key", "captions", "time_ids", "held_out")
 
@@ -46,6 +47,8 @@ def main(argv):
     settings = parse("data.precompute", argv)
     if settings.resolution % buckets.STEP:
         raise errors.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
+    if len(settings.validation_prompt) > PROMPTS:
+        raise errors.UserError(f"--validation_prompt: {len(settings.validation_prompt)} prompts; {PROMPTS} at most")
     flag = "--cache_dir" if settings.cache_dir else "--output_dir"
     folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
     held = contextlib.nullcontext() if settings.explain else door.hold(folder, flag, WRITES, ".writer")
@@ -144,6 +147,7 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
         examples=examples,
         rows=rows,
         caption_keys=caption_keys,
+        prompts={prompt: key("caption", identity["text_encoders"], prompt) for prompt in settings.validation_prompt},
         names=names,
         unconditional=key("unconditional", identity["text_encoders"], zeros),
         zeros=zeros,
@@ -164,17 +168,26 @@ def look(settings, folder, examples, texts, vae, pool, skipped):
             caption_variants=examples.wording.variants,
             caption_orders=examples.wording.mixed_by(),
             instance_prompt=examples.wording.prompt,
+            validation_prompts=dict.fromkeys(settings.validation_prompt),  # commit() says where they are
         ),
     )
 
 
 def what_is_missing(draft):
     """What of the draft is not on disk yet. -> Todo"""
+    count, keys = len(draft.caption_keys), np.append(draft.caption_keys, _keys(draft.prompts))
+    texts = missing(keys, draft.captions)  # a prompt that is a caption of a picture, too, is encoded as that
+    prompts = list(draft.prompts.items())
     return Todo(
         unconditional=len(missing(np.array([draft.unconditional], "S32"), draft.captions)) > 0,
-        captions=missing(draft.caption_keys, draft.captions),
+        captions=texts[texts < count],
+        prompts=dict(prompts[i] for i in texts[texts >= count] - count),
         pictures=[missing_pictures(draft.rows, i, posteriors) for i, posteriors in enumerate(draft.posteriors)],
     )
+
+
+def _keys(prompts):
+    return np.array(list(prompts.values()), "S32")
 
 
 def missing_pictures(rows, bucket, posteriors):
@@ -188,6 +201,7 @@ def only_adds(draft, todo):
     """Whether all that the cache holds stays as it is: no damaged row is written again, and no old record changes."""
     index, captions = places(draft)
     again = [captions[todo.captions], draft.captions.find(np.array([draft.unconditional] * todo.unconditional, "S32"))]
+    again += [draft.captions.find(_keys(todo.prompts))]
     again += [np.where(flip, index["mirrored"][rows], index["picture"][rows]) for rows, flip in todo.pictures]
     before = read_index(draft.folder)
     if not before:
@@ -236,7 +250,9 @@ def in_words(draft, todo):
     place = todo.captions - draft.rows["first_caption"][having]
     captions = having, place % draft.facts["caption_variants"]
     before = before and (*before, read_manifest(draft.folder))
-    return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, todo.unconditional)
+    besides = ["the unconditional embedding"] if before and todo.unconditional else []
+    besides += [many(len(todo.prompts), "validation prompt")] if todo.prompts else []
+    return changes(draft.rows, draft.names, pictures, captions, draft.facts, before, besides)
 
 
 def room_for(draft, todo):
@@ -269,6 +285,7 @@ def commit(draft, skipped, failed):
     manifest = dict(
         draft.facts,
         unconditional=int(draft.captions.find(np.array([draft.unconditional], "S32"))[0]),
+        validation_prompts=dict(zip(draft.prompts, draft.captions.find(_keys(draft.prompts)).tolist())),
         rows=len(index),
         held_out=int(index["held_out"].sum()),
         skipped=left_out,

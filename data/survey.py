@@ -123,13 +123,13 @@ def missing(keys, rows):
     return first[[place < 0 or not rows.good(place) for place in rows.find(keys[first])]]
 
 
-def changes(rows, names, pictures, captions, facts, before, unconditional):
+def changes(rows, names, pictures, captions, facts, before, besides):
     """What is to be encoded and why: ("3 of 1,221 rows", "2 captions changed, 1 image new; 1 row removed").
 
     pictures: what is to be encoded, as indices of rows and whether mirrored, two arrays. captions: the row of each
     caption that is, and which of its orders, two arrays. facts: what the manifest will say of the encoders and
-    captions. before: (index, names, manifest) of the cache as it is, or None. unconditional: whether the unconditional
-    embedding is to be encoded.
+    captions. before: (index, names, manifest) of the cache as it is, or None. besides: what is to be encoded that
+    belongs to no row, in words.
     """
     old_index, old_names, old_facts = before or (np.empty(0, INDEX), [], {})
     names = list(told_apart(names))
@@ -161,9 +161,7 @@ def changes(rows, names, pictures, captions, facts, before, unconditional):
         ("variant" if order else "caption", reason("caption", i, order=order)) for i, order in zip(*captions)
     )
     why += collections.Counter(("image", reason("image", i, mirrored)) for i, mirrored in zip(*pictures))
-    groups = [[f"{many(count, noun)} {because}" for (noun, because), count in why.items()]]
-    if before and unconditional:
-        groups[0].append("the unconditional embedding")
+    groups = [[f"{many(count, noun)} {because}" for (noun, because), count in why.items()] + besides]
 
     touched = np.union1d(captions[0], pictures[0]).astype(int)
     others = np.setdiff1d(np.arange(len(rows)), touched)
@@ -220,6 +218,7 @@ def other_facts(then, now):
         "the model's files": _components(then) != _components(now),
         "the buckets": [*map(tuple, then["buckets"])] != [*map(tuple, now["buckets"])],
         "the trigger word": then["instance_prompt"] != now["instance_prompt"],
+        "the validation prompts": list(then["validation_prompts"]) != list(now["validation_prompts"]),
     }
     return [words for words, differ in found.items() if differ]
 

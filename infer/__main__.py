@@ -1,28 +1,27 @@
 """python -m infer: what can be refused without torch first, then the seconds that importing it takes."""
 
+import shlex
 import sys
-from pathlib import Path
 
 from data.common import door, safe
 from data.common.flags import parse
 from data.common.imports import lean
-from lora.contents import look
+from infer.loras import find
 
 
 def main(argv):
     settings = parse("infer", argv)
     run = door.can_be_written(settings.output_dir, "--output_dir")
-    lora = Path(settings.lora_path or run / "lora.safetensors")
-    look(lora)
+    loras = find(settings.lora_path or [run / "lora.safetensors"])
     if not settings.base_model:
         from data.cache import cache_folder, read_manifest
 
         read_manifest(cache_folder(run))
-    with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json")):
+    with door.hold(run / "compare", "--output_dir", ("grid.png", "report.json", "report.html")):
         with lean():
             from infer.compare import compare
 
-        compare(settings, run)
+        compare(settings, run, loras, shlex.join(["python", "-m", "infer", *argv]))
 
 
 if __name__ == "__main__":

@@ -1,89 +1,205 @@
-"""Base against LoRA: every prompt drawn twice from the same noise -> RUN/compare."""
+"""Base against LoRAs: every prompt drawn from the same noise, without and with each of them -> RUN/compare.
+
+A picture is a function of the model, the seed, the prompt, the LoRA and its scale, not of what else is drawn.
+"""
 
 import json
+import re
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 
 from data import check
 from data.cache import cache_folder, read_manifest
 from data.common.disk import atomic_write
-from data.common.errors import UserError, one_line
-from data.common.words import many
+from data.common.errors import NumbersError, UserError, one_line
+from data.common.words import many, shortened
 from data.encoders import CHUNK, TextEncoders
 from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from data.progress import progress
 from infer.grid import grid
-from infer.sample import make_pipeline, noise, sample
+from infer.report import write_report
+from infer.sample import make_pipeline, noise, sample, write_png
 from lora import files
+from lora.attention import fuse_projections
+from lora.inject import take_out
+
+UNRELATED = "without the concept: what changes here has leaked"
+PICTURE = re.compile(r"(baseline|finetuned(-[2-9]|-[1-9][0-9]+)?)_(0|[1-9][0-9]*)\.png")
 
 
-def compare(settings, run):
-    """Draw every prompt without and with the LoRA: baseline_i.png, finetuned_i.png, grid.png and report.json.
+def compare(settings, run, loras, command):
+    """Draw every prompt without and with each LoRA, at each scale: a row of pictures each, grid.png and report.json.
 
-    `settings` is flags.Infer, `run` the run's folder.
+    `settings` is flags.Infer, `run` the run's folder, `loras` what loras.find gave. command: how this was called.
     """
-    weights = files.read(settings.lora_path or run / "lora.safetensors")
     model, vae_model, resolution, unet_print = models(settings, run)
-    weights.contents.check_width(model.component("unet").config()["cross_attention_dim"])
-    warn_of_another_base(weights.contents, model, unet_print)
-    weights.contents.warn_of_another_prediction(model.component("scheduler").config()["prediction_type"])
+    hold_to(model, loras, unet_print)
+    warn_of_trigger_words(loras, settings.prompt, settings.unrelated_prompt or ())
     check_steps(model, settings.num_inference_steps)
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
     check.precision(precision, device)
     check.gpu_memory(model.unet_config(), dtype, device)
 
+    prompts = [*settings.prompt, *(settings.unrelated_prompt or ())]
     encoders = TextEncoders(model, precision, max_token_length(run)).load(device)
-    for prompt in filter(encoders.truncated, [*settings.prompt, settings.negative_prompt or ""]):
+    for prompt in filter(encoders.truncated, [*prompts, settings.negative_prompt or ""]):
         read = encoders.tokens
         print(f"warning: longer than CLIP reads; what follows {read} tokens is not seen: {one_line(prompt, 60)}")
-    embeddings = encode(encoders, model, settings.prompt, settings.negative_prompt)
+    embeddings = encode(encoders, model, prompts, settings.negative_prompt)
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
-    unet = load(UNet2DConditionModel, model.component("unet"), dtype, device)
-    adapters = files.load(unet, weights)
+    unet = load(UNet2DConditionModel, model.component("unet"), dtype, device, fuse_projections)
+    for lora in loras:
+        files.check(unet, lora.contents)
     pipeline = make_pipeline(model, unet, vae_model)
     side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
-    shape = (unet.config.in_channels, side, side)
+    starts = [noise(settings.seed, prompt, (unet.config.in_channels, side, side)) for prompt in prompts]
 
     folder = run / "compare"
-    for name in ("report.json", "grid.png"):  # they tell of pictures that are drawn anew now
-        (folder / name).unlink(missing_ok=True)
-    pictures, seconds = {"base": [], "LoRA": []}, []
-    with progress("compare", "picture", 2 * len(settings.prompt)) as bar:
-        for i, (prompt, embedded) in enumerate(zip(settings.prompt, embeddings)):
-            start = noise(settings.seed, prompt, shape)
-            for label, name, scale in (("base", "baseline", 0.0), ("LoRA", "finetuned", settings.lora_scale)):
-                adapters.set_scale(scale)
-                began = time.perf_counter()
-                picture = sample(pipeline, embedded, start, settings.num_inference_steps, settings.guidance_scale)
-                seconds.append(time.perf_counter() - began)
-                pictures[label].append(picture)
-                write_png(picture, folder / f"{name}_{i}.png")
-                bar.update()
-    for name in ("baseline", "finetuned"):  # pictures of an earlier call with more prompts go
-        for i in range(len(settings.prompt), 1 + len(list(folder.glob(f"{name}_*.png")))):
-            (folder / f"{name}_{i}.png").unlink(missing_ok=True)
-    write_png(grid(pictures, settings.prompt), folder / "grid.png")
+    remove_what_an_earlier_call_left(folder)
+    scales = list(dict.fromkeys(settings.lora_scale or [1.0]))
+    count = 1 + len(loras) * len(scales)
+    pictures = many(count * len(prompts), "picture")
+    print(f"{many(count, 'row')} of {many(len(prompts), 'prompt')}: {pictures}", flush=True)
+    with progress("compare", "picture", count * len(prompts)) as bar:
+        how = settings.num_inference_steps, settings.guidance_scale
+        drawing = Drawing(pipeline, list(zip(embeddings, starts)), how, folder, bar)
+        rows = [dict(label="base", lora=None, scale=0.0) | drawing.row("baseline") | dict(mean_pixel_change=None)]
+        for lora in loras:
+            label = lora.label if settings.lora_path else "LoRA"
+            rows += rows_of_lora(drawing, lora, label, scales, len(rows))
+    groups = [("prompts", settings.prompt), (UNRELATED, settings.unrelated_prompt)]
+    paths = [(row["label"], [folder / name for name in row["pictures"]]) for row in rows]
+    write_png(grid(paths, groups if settings.unrelated_prompt else [(None, settings.prompt)]), folder / "grid.png")
     report = dict(
         prompts=settings.prompt,
+        unrelated_prompts=settings.unrelated_prompt or (),
         negative_prompt=settings.negative_prompt,
         base=model.public_name(),
-        lora=dict(sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha, scale=settings.lora_scale),
         seed=settings.seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        mean_pixel_change=[difference(*pair) for pair in zip(*pictures.values())],
-        median_s_per_picture=float(np.median(seconds)),
+        resolution=[side * pipeline.vae_scale_factor] * 2,
+        command=command,
+        rows=rows,
+        lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),  # of the first LoRA, as is the next
+        mean_pixel_change=rows[1]["mean_pixel_change"],
+        median_s_per_picture=float(np.median(drawing.seconds)),
         peak_gib=torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
     )
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
-    print(f"{folder / 'grid.png'}: {many(len(settings.prompt), 'prompt')}, base above, LoRA below")
+    print(table(rows, len(settings.prompt)))
+    print(f"{folder / 'grid.png'}: {many(count, 'row')}, the base's first")
+    print(f"{write_report(run)}: everything on one page, for any browser")
+
+
+def hold_to(model, loras, unet_print):
+    """Look at all of every file now, because after hours of drawing it would be late, and hold it to the base.
+
+    Raises UserError when one is damaged or for another architecture; says it when one was trained on another base.
+    unet_print: the UNet's fingerprint, where it is known.
+    """
+    if not unet_print and model.is_local() and any(lora.contents.fingerprint for lora in loras):
+        unet_print = fingerprint(identity(model.component("unet")))
+    said = set()
+    for contents in (lora.contents for lora in loras):
+        files.read(contents.path)
+        contents.check_width(model.component("unet").config()["cross_attention_dim"])
+        source = contents.base, contents.fingerprint, contents.prediction_type
+        if source not in said:  # all saves of a run have one
+            warn_of_another_base(contents, model, unet_print)
+            contents.warn_of_another_prediction(model.component("scheduler").config()["prediction_type"])
+        said.add(source)
+
+
+@dataclass
+class Drawing:
+    """How every row is drawn, so that nothing but the UNet's weights differs between two rows.
+
+    inputs: [(embeddings, noise)] of the prompts. how: sampler steps and guidance. seconds: what each picture took.
+    """
+
+    pipeline: StableDiffusionXLPipeline
+    inputs: list
+    how: tuple
+    folder: Path
+    bar: object
+    seconds: list = field(default_factory=list)
+
+    def row(self, name):
+        """Draw all prompts with the UNet as it is now: folder/name_i.png. -> what report.json says of them"""
+        pictures, changes = [], []
+        for i, (embedded, start) in enumerate(self.inputs):
+            began = time.perf_counter()
+            picture = sample(self.pipeline, embedded, start, *self.how)
+            self.seconds.append(time.perf_counter() - began)
+            pictures.append(f"{name}_{i}.png")
+            write_png(picture, self.folder / pictures[i])
+            with Image.open(self.folder / f"baseline_{i}.png") as base:  # read again, because hundreds fill a memory
+                changes.append(difference(base, picture))
+            self.bar.update()
+        return dict(pictures=pictures, mean_pixel_change=changes)
+
+
+def rows_of_lora(drawing, lora, label, scales, index):
+    """Draw one LoRA at each scale, the first as row `index`. -> report.json's rows
+
+    Afterwards the UNet is the base again, and the memory that the LoRA took is free.
+    """
+    weights = files.read(lora.path)
+    adapters = files.load(drawing.pipeline.unet, weights)
+    facts = dict(file=lora.path.name, step=lora.step, sha256=weights.sha256, rank=adapters.rank, alpha=adapters.alpha)
+    rows = []
+    for i, scale in enumerate(scales, index):
+        shown = label if scales == [1] else f"{label} × {scale:g}"
+        adapters.set_scale(scale)
+        try:
+            drawn = drawing.row("finetuned" if i == 1 else f"finetuned-{i}")
+        except NumbersError as error:
+            raise NumbersError(f"{shown}: {error}") from None
+        rows.append(dict(label=shown, lora=facts, scale=scale) | drawn)
+    take_out(drawing.pipeline.unet, adapters)
+    return rows
+
+
+def remove_what_an_earlier_call_left(folder):
+    """Before the first picture, because a report must never lie beside other pictures than those that it tells of."""
+    for name in ("report.json", "grid.png", "report.html", "scores.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if PICTURE.fullmatch(path.name):
+            path.unlink()
+
+
+def table(rows, count):
+    """What each LoRA changed, in lines for a terminal; the first `count` pictures of a row are of the prompts."""
+    unrelated = len(rows[0]["pictures"]) > count
+    lines = ["mean change of a pixel against the base, 0 to 255", "  prompts  unrelated" if unrelated else "  prompts"]
+    for row in rows[1:]:
+        parts = [row["mean_pixel_change"][:count], row["mean_pixel_change"][count:]][: 1 + unrelated]
+        means = [f"{np.mean(part):{width}.2f}" for part, width in zip(parts, (9, 11))]
+        lines.append(f"{''.join(means)}  {one_line(row['label'])}")
+    return "\n".join(lines)
+
+
+def warn_of_trigger_words(loras, prompts, unrelated):
+    """Say it when no prompt has the word that calls for what a LoRA learned, or one that should not have it has it."""
+    words = (lora.contents.metadata.get("modelspec.trigger_phrase") for lora in loras)
+    for word in dict.fromkeys(filter(None, words)):
+        has = [word.lower() in prompt.lower() for prompt in (*prompts, *unrelated)]
+        if not any(has[: len(prompts)]):
+            print(f"warning: no --prompt has the trigger word {shortened(word)} that the LoRA was trained with")
+        if any(has[len(prompts) :]):
+            print(f"warning: an --unrelated_prompt has the trigger word {shortened(word)}")
 
 
 def models(settings, run):
@@ -115,8 +231,6 @@ def warn_of_another_base(contents, model, unet_print):
     unet_print: the UNet's fingerprint, where it is known. Folders are compared by it, models of the hub by their ids.
     """
     made_for, there, here = contents.base, contents.fingerprint, unet_print
-    if there and not here and model.is_local():
-        here = fingerprint(identity(model.component("unet")))
     on_hub = made_for and not there and not model.is_local() and "/" in made_for
     if there and here and there != here or on_hub and made_for != model.name:
         of = f" (its UNet has the fingerprint {here}, not {there})" if there else ""
@@ -151,8 +265,3 @@ def encode(encoders, model, prompts, negative_prompt):
 def difference(a, b):
     """Mean absolute difference of two pictures, 0 to 255."""
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
-
-
-def write_png(picture, path):
-    with atomic_write(path) as file:
-        picture.save(file, "PNG")

@@ -1,53 +1,106 @@
-"""One picture out of many: base above LoRA for every prompt, and below them the prompt in letters of readable size."""
+"""One picture out of many: a row for the base and for each LoRA, a column for each prompt, which stands above it."""
 
-from PIL import Image, ImageDraw, ImageFont
+import math
 
-CELL = 256  # pixels a side at which a picture is shown
-MARGIN, LINE, COLUMNS = 8, 22, 8
+from PIL import Image, ImageDraw
+
+from data.common.words import first_of
+from infer.letters import Letters
+
+CELLS = (256, 192, 128, 64)  # pixels a side at which a picture is shown: the first that keeps the grid small enough
+LARGEST = 2**25  # pixels of all of them together
+COLUMNS = 8
+MARGIN, GAP, APART = 24, 6, 30  # around all, between pictures, between blocks
+TEXT, HEADING, LINE = 16, 20, 21  # sizes of letters, and from one baseline to the next
+LABEL, TITLE = 168, 560  # the widest line of a row's label; room for the heading of a narrow group
+LINES = 12  # of one prompt or label; what is longer ends in …
+PAPER, INK, GREY, RULE = "#ffffff", "#1c1c1e", "#55555a", "#d8d8dc"
 
 
-def grid(rows, captions):
-    """rows: {label: [pictures]}, with one picture per caption. -> PIL image, wrapped after COLUMNS captions."""
-    font = ImageFont.load_default(size=17)
-    blocks = [_block(rows, captions, start, font) for start in range(0, len(captions), COLUMNS)]
-    out = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), "white")
-    top = 0
+def grid(rows, groups):
+    """-> PIL image.
+
+    rows: [(label, [paths of pictures])], one picture per prompt. groups: [(heading or None, [prompts])], whose prompts
+    are those of the columns, in their order. Groups that have room are beside each other, else below.
+    """
+    letters = Letters(TEXT)
+    count = sum(len(prompts) for _, prompts in groups)
+    cell = next((cell for cell in CELLS if len(rows) * count * cell**2 <= LARGEST), CELLS[-1])
+    labels = [_wrap(label, letters, LABEL) for label, _ in rows]
+    left = MARGIN + max(round(letters.width(line)) for lines in labels for line in lines) + 14
+    pictures = list(zip(*(paths for _, paths in rows)))  # a column for each prompt
+    blocks = [_block(labels, pictures, groups, cell, left, letters)] if count <= COLUMNS else []
+    for heading, prompts in groups if count > COLUMNS else ():
+        each = math.ceil(len(prompts) / math.ceil(len(prompts) / COLUMNS))  # nine are five and four, not eight and one
+        for first in range(0, len(prompts), each):
+            some = [(None if first else heading, prompts[first : first + each])]
+            blocks.append(_block(labels, pictures[first : first + each], some, cell, left, letters))
+        pictures = pictures[len(prompts) :]
+    height = 2 * MARGIN + sum(block.height for block in blocks) + APART * (len(blocks) - 1)
+    out = Image.new("RGB", (max(block.width for block in blocks), height), PAPER)
+    top = MARGIN
     for block in blocks:
         out.paste(block, (0, top))
-        top += block.height
+        top += block.height + APART
+    if letters.lacking:
+        print(f"grid.png: no font of this machine has {first_of(letters.lacking)}; what it lacks is named in brackets")
     return out
 
 
-def _block(rows, captions, start, font):
-    captions = captions[start : start + COLUMNS]
-    texts = [_wrap(caption, font) for caption in captions]
-    label_width = max(int(font.getlength(label)) for label in rows) + 2 * MARGIN
-    step = CELL + MARGIN
-    height = MARGIN + len(rows) * step + max(map(len, texts)) * LINE + MARGIN
-    block = Image.new("RGB", (label_width + len(captions) * step, height), "white")
-    draw = ImageDraw.Draw(block)
-    for y, (label, pictures) in enumerate(rows.items()):
-        draw.text((MARGIN, MARGIN + y * step + CELL // 2), label, "black", font, anchor="lm")
-        for x, picture in enumerate(pictures[start : start + COLUMNS]):
-            small = picture.resize((CELL, CELL), Image.Resampling.LANCZOS)
-            block.paste(small, (label_width + x * step, MARGIN + y * step))
-    for x, lines in enumerate(texts):
-        for n, line in enumerate(lines):
-            draw.text((label_width + x * step, MARGIN + len(rows) * step + n * LINE), line, "black", font)
+def _block(labels, pictures, groups, cell, left, letters):
+    """-> PIL image. labels: each row's, in lines. pictures: each column's paths. left: where the pictures begin."""
+    title, step = Letters(HEADING), cell + GAP
+    prompts = [_wrap(prompt or '""', letters, cell - 8) for _, some in groups for prompt in some]
+    widths = [len(some) * step - GAP for _, some in groups]
+    rooms = widths if len(groups) > 1 else [max(widths[0], TITLE)]
+    headings = [_wrap(heading, title, room) if heading else [] for (heading, _), room in zip(groups, rooms)]
+    rule = max(map(len, headings)) * (HEADING + 6) + 4
+    top = (rule + 14 if any(headings) else 0) + max(map(len, prompts)) * LINE + 4
+    widths = [max([width, *map(title.width, lines)]) for width, lines in zip(widths, headings)]
+    width = left + round(sum(widths)) + APART * (len(groups) - 1) + MARGIN
+    block = Image.new("RGB", (width, top + len(labels) * step - GAP), PAPER)
+    x = left
+    for (_, some), lines, width in zip(groups, headings, widths):
+        _write(block, x, rule - 10, lines, title, INK)
+        if lines:
+            ImageDraw.Draw(block).line((x, rule, x + width, rule), RULE, 1)
+        for _ in some:
+            _write(block, x, top - 10, prompts.pop(0), letters, INK)
+            for y, path in enumerate(pictures[0]):
+                with Image.open(path) as picture:
+                    block.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + y * step))
+            pictures = pictures[1:]
+            x += step
+        x += APART - GAP
+    for y, lines in enumerate(labels):
+        middle = top + y * step + cell / 2 + TEXT * 0.36 + (len(lines) - 1) * LINE / 2
+        _write(block, left - 14, round(middle), lines, letters, GREY, to_the_right=True)
     return block
 
 
-def _wrap(text, font):
-    """Lines of `text` no wider than a cell."""
+def _write(image, x, bottom, lines, letters, colour, to_the_right=False):
+    """Lines of text, the last one on the baseline `bottom`; they begin at x, or end there."""
+    for n, line in enumerate(reversed(lines)):
+        begin = x - letters.width(line) if to_the_right else x
+        letters.draw(image, begin, bottom - n * round(letters.size * 1.3), line, colour)
+
+
+def _wrap(text, letters, width):
+    """Lines of `text` no wider than `width`, LINES of them at most."""
     lines = [""]
-    for word in text.split():
+    for word in letters.legible(text[: LINES * width]).split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > CELL and lines[-1]:
+        if letters.width(longer) > width and lines[-1]:
             lines.append("")
             longer = word
-        while font.getlength(longer) > CELL:  # a very long word, or a language without spaces
-            fits = next(n for n in range(1, len(longer)) if font.getlength(longer[: n + 1]) > CELL)
+        while letters.width(longer) > width:  # a very long word, or a language without spaces
+            fits = next(n for n in range(1, len(longer)) if letters.width(longer[: n + 1]) > width)
             lines[-1], longer = longer[:fits], longer[fits:]
             lines.append("")
         lines[-1] = longer
+    if len(lines) > LINES:
+        last = lines[LINES - 1]
+        while letters.width(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: LINES - 1], f"{last}…"]
     return lines

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from data.common.disk import atomic_write
 from data.common.errors import NumbersError
 from data.models.files import load
 
 
 def make_pipeline(model, unet, vae_model):
-    """A pipeline around `unet`, with the VAE of `vae_model` and the model's own noise schedule (Euler sampler).
+    """A pipeline around `unet`, with the decoder of `vae_model` and the model's own noise schedule (Euler sampler).
 
     With zero terminal SNR the sampler begins at the last timestep (Lin et al. 2023, section 3.3).
     """
@@ -22,7 +23,7 @@ def make_pipeline(model, unet, vae_model):
     if schedule["rescale_betas_zero_snr"]:
         schedule["timestep_spacing"] = "trailing"
     return StableDiffusionXLPipeline(
-        vae=load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device),
+        vae=load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device, _decoder_alone),
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
@@ -31,6 +32,10 @@ def make_pipeline(model, unet, vae_model):
         scheduler=EulerDiscreteScheduler.from_config(schedule),
         add_watermarker=False,
     )
+
+
+def _decoder_alone(vae):
+    vae.encoder = vae.quant_conv = None
 
 
 def noise(seed, prompt, shape):
@@ -67,3 +72,8 @@ def sample(pipeline, embeddings, latents, steps, guidance):
             "or another VAE that is made for half precision"
         )
     return pipeline.image_processor.numpy_to_pil(pixels)[0]
+
+
+def write_png(picture, path):
+    with atomic_write(path) as file:
+        picture.save(file, "PNG")

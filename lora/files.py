@@ -121,10 +121,11 @@ def load(unet, weights, seed=0):
     Everything is checked before the UNet is touched. Raises UserError naming the file and the key that fits no layer of
     this UNet. A layer that the file lacks has no update, which is said.
     """
-    from lora.inject import inject, targets  # diffusers is imported with it
+    from lora.inject import inject  # diffusers is imported with it
 
     contents = weights.contents
-    _check(contents, targets(unet, contents.kind))
+    if missing := check(unet, contents):
+        print(f"{contents.path}: {missing} layers are not in it; they stay as in the base")
     adapters = inject(unet, contents.rank, contents.alpha, seed, contents.kind)
     for name, (A, B) in adapters.projections().items():
         # Where the file has less than A and B hold, A is as drawn and B zero: no update, but one that can be trained.
@@ -136,9 +137,14 @@ def load(unet, weights, seed=0):
     return adapters
 
 
-def _check(contents, found):
-    """Hold the layers of a file to those of a UNet, [(name, in, out)]."""
-    shapes = {key(name): (inside, out) for name, inside, out in found}
+def check(unet, contents):
+    """Hold the layers of a file to those of a UNet. -> how many of them it lacks, "3 of 560"; None when it has all.
+
+    Raises UserError naming the file and the key that fits no layer of this UNet, and when it has adapters already.
+    """
+    from lora.inject import targets
+
+    shapes = {key(name): (inside, out) for name, inside, out in targets(unet, contents.kind)}
     for name, layer in contents.layers.items():
         if name not in shapes:
             raise UserError(f"{contents.path}: {layer.A} fits no layer of this UNet")
@@ -147,8 +153,8 @@ def _check(contents, found):
             raise UserError(f"{contents.path}: {layer.A} is rank × {layer.inside}, this UNet wants rank × {inside}")
         if layer.out != out:
             raise UserError(f"{contents.path}: {layer.B} is {layer.out} × rank, this UNet wants {out} × rank")
-    if missing := shapes.keys() - contents.layers.keys():
-        print(f"{contents.path}: {len(missing)} of {len(shapes)} layers are not in it; they stay as in the base")
+    missing = shapes.keys() - contents.layers.keys()
+    return f"{len(missing)} of {len(shapes)}" if missing else None
 
 
 def main(argv):

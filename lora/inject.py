@@ -59,6 +59,15 @@ def inject(unet, rank, alpha, seed=0, layers="attn"):
     return Adapters(adapted, rank, alpha)
 
 
+def take_out(unet, adapters):
+    """Undo inject: the layers of `unet` without the adapters, frozen, their projections still side by side.
+
+    What holds `adapters` holds their memory.
+    """
+    for name, layer in adapters.layers.items():
+        unet.set_submodule(name, layer.base)
+
+
 def _bases(unet, layers):
     """[(name, layer)] of all layers that compute one of the targets, or several side by side."""
     wanted = tuple(f".{last}" for last in (*TARGETS[layers], *SIDE_BY_SIDE))

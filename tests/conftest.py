@@ -230,6 +230,8 @@ class Forked:
 
 
 MODULES = {"data.precompute": "data.precompute", "train": "train.__main__", "infer": "infer.__main__"}
+MODULES |= {"train.metrics": "train.curves"}
+MODULES["infer.publish"] = "infer.publish"
 
 
 def main_of(name):

@@ -1,22 +1,35 @@
-"""Base against LoRA: the same noise, nothing else between the two, and what diffusers' own pipeline draws."""
+"""Base against LoRAs: the same noise, nothing else between two rows, and what diffusers' own pipeline draws."""
 
 import hashlib
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import PIPELINE, PROMPTS, here, settings
-from PIL import Image, ImageFont
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.common.errors import NumbersError, UserError
-from data.models.files import Model
-from infer.compare import check_steps, difference, encode, models, warn_of_another_base
-from infer.grid import CELL, _wrap, grid
+from data.models.files import Model, load
+from infer.compare import (
+    check_steps,
+    difference,
+    encode,
+    models,
+    table,
+    warn_of_another_base,
+    warn_of_trigger_words,
+)
+from infer.loras import Lora
 from infer.sample import noise, sample
+from lora import files
 from lora.contents import Contents
+from lora.files import Origin, export
+from lora.inject import inject
 
 
 @pytest.fixture
@@ -29,7 +42,9 @@ def trained(run, tmp_path):
 
 def compare(folder, *prompts, **flags):
     """-> {file name: pixels}"""
-    words = [w for name, value in (dict(num_inference_steps=2) | flags).items() for w in (f"--{name}", value)]
+    words = []
+    for name, value in (dict(num_inference_steps=2) | flags).items():
+        words += [f"--{name}", *(value if isinstance(value, list) else [value])]
     here("infer", "--output_dir", folder, "--prompt", *prompts, *words)
     return pictures(folder)
 
@@ -75,6 +90,143 @@ def test_lora_scale(run, trained):
     first = pictures(run.folder)
     assert same(half["baseline_0.png"], first["baseline_0.png"])
     assert not same(half["finetuned_0.png"], first["finetuned_0.png"])
+
+
+# ---- Several LoRAs
+
+
+@pytest.fixture(scope="session")
+def wide(run, tmp_path_factory):
+    """A file of more layers, another rank and alpha ≠ rank than the run's: its update is all over the UNet."""
+    unet = load(UNet2DConditionModel, Model(str(PIPELINE)).component("unet"), torch.float32, "cpu")
+    adapters = inject(unet, 7, 3.0, layers="attn-mlp")
+    generator = torch.Generator().manual_seed(1)
+    for _, B in adapters.projections().values():
+        B.copy_(torch.randn(B.shape, generator=generator) / 10)
+    path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
+    export(adapters, path, Origin("wide", "toy", 64))
+    return path
+
+
+def test_a_picture_is_a_function_of_prompt_lora_and_scale_alone(run, trained, wide, monkeypatch):
+    """Bit for bit, whatever else is drawn before and beside it; and one LoRA at a time is in memory.
+
+    The wide one comes first: what it left in the UNet, or a rank that stayed, would spoil every row behind it.
+    """
+    made, alive = {"load": [], "read": []}, []
+    for name in made:
+        real = getattr(files, name)
+
+        def remembered(*given, name=name, real=real):
+            made[name].append(weakref.ref(result := real(*given)))
+            return result
+
+        monkeypatch.setattr(files, name, remembered)
+
+    def counted(*given):
+        alive.append([sum(of() is not None for of in made[name]) for name in ("load", "read")])
+        return sample(*given)
+
+    monkeypatch.setattr("infer.compare.sample", counted)
+    words = dict(unrelated_prompt="a car", lora_path=[wide, trained])
+    found, of_run = compare(trained, PROMPTS[1], PROMPTS[0], **words), pictures(run.folder)
+    assert alive == 3 * [[0, 0]] + 12 * [[1, 1]] and len(made["load"]) == 4
+
+    rows = report(trained)["rows"]
+    assert [row["label"] for row in rows] == ["base", "wide", "step 2", "step 4", "final (step 6)"]
+    names = ["baseline", "finetuned", "finetuned-2", "finetuned-3", "finetuned-4"]
+    assert [row["pictures"] for row in rows] == [[f"{name}_{i}.png" for i in range(3)] for name in names]
+    assert set(found) == {name for row in rows for name in row["pictures"]} | {"grid.png"}
+    for i in range(2):  # as the session's run drew them, the other way round and without what is beside them here
+        assert same(found[f"baseline_{i}.png"], of_run[f"baseline_{1 - i}.png"])
+        assert same(found[f"finetuned-4_{i}.png"], of_run[f"finetuned_{1 - i}.png"])
+    for i in range(3):
+        assert len({found[row["pictures"][i]].tobytes() for row in rows}) == 5
+
+    monkeypatch.undo()
+    alone = compare(trained, PROMPTS[0], lora_path=wide)
+    assert same(alone["finetuned_0.png"], found["finetuned_1.png"])
+    assert same(alone["baseline_0.png"], found["baseline_1.png"])
+
+
+def test_the_report_tells_of_every_row(run, trained, wide, capsys):
+    found = compare(trained, PROMPTS[0], unrelated_prompt=["a car", "a dog"], lora_path=wide, lora_scale=[0.5, 1, 0.5])
+    said, told = capsys.readouterr().out, report(trained)
+    assert told["prompts"] == [PROMPTS[0]] and told["unrelated_prompts"] == ["a car", "a dog"]
+    assert told["resolution"] == [64, 64]
+    assert told["command"].startswith(
+        f"python -m infer --output_dir {trained} --prompt 'a red fox in the forest' --num"
+    )
+    assert [row["label"] for row in told["rows"]] == ["base", "wide × 0.5", "wide × 1"]
+    base, *rows = told["rows"]
+    assert base["lora"] is None and base["scale"] == 0 and base["mean_pixel_change"] is None
+    digest = hashlib.sha256(wide.read_bytes()).hexdigest()
+    for row in rows:
+        assert row["lora"] == dict(file="wide.safetensors", step=None, sha256=digest, rank=7, alpha=3)
+        pairs = zip(base["pictures"], row["pictures"])
+        changes = [np.abs(found[a].astype(float) - found[b]).mean() for a, b in pairs]
+        assert row["mean_pixel_change"] == pytest.approx(changes, rel=1e-4) and min(changes) > 0
+        means = f"{changes[0]:9.2f}{np.mean(changes[1:]):11.2f}  {row['label']}"
+        assert means in said.splitlines()
+    assert not same(found["finetuned_0.png"], found["finetuned-2_0.png"])
+    assert told["lora"] == rows[0]["lora"] | dict(scale=0.5)
+    assert told["mean_pixel_change"] == rows[0]["mean_pixel_change"]
+    assert "3 rows of 3 prompts: 9 pictures" in said
+
+
+def test_the_table_has_no_column_of_prompts_that_are_not_there():
+    rows = [dict(label=label, pictures=[1, 2], mean_pixel_change=[1, 2]) for label in ("base", "x")]
+    assert table(rows, 2).splitlines()[1:] == ["  prompts", "     1.50  x"]
+
+
+def test_of_the_trigger_word_only_what_surprises_is_said(capsys):
+    def said(prompts, unrelated, *words):
+        of = [{"modelspec.trigger_phrase": word} if word else {} for word in words]
+        warn_of_trigger_words([Lora(Contents(PIPELINE, {}, m, ()), ("x",)) for m in of], prompts, unrelated)
+        return capsys.readouterr().out.splitlines()
+
+    assert said(["a SKS dog", "a dog"], ["a car"], "sks", None) == []
+    without = "warning: no --prompt has the trigger word 'sks' that the LoRA was trained with"
+    assert said(["a dog"], [], "sks", "sks") == [without]
+    assert said(["a sks dog"], ["a sks car"], "sks") == ["warning: an --unrelated_prompt has the trigger word 'sks'"]
+    assert said(["a dog"], ["a car"], None) == []
+
+
+def test_every_file_is_looked_at_before_a_picture_is_drawn(run, trained, wide, tmp_path):
+    """A number that is not finite in the last file, or layers of another UNet, after hours of drawing would be late."""
+    tensors = load_file(wide)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_file(tensors | {name: tensors[name] / 0}, tmp_path / "nan.safetensors")
+    save_file(tensors | {name: torch.ones(8, 7)}, tmp_path / "other.safetensors")
+    for bad, why in (("nan", "not a finite number"), ("other", "this UNet wants")):
+        with pytest.raises(UserError, match=f"{bad}.safetensors: .*{why}"):
+            compare(trained, PROMPTS[0], lora_path=[wide, tmp_path / f"{bad}.safetensors"])
+        assert not list((trained / "compare").glob("*.png"))
+
+
+def test_killed_in_the_middle_it_leaves_nothing_of_an_earlier_call(trained, monkeypatch):
+    """More rows, more prompts, a report, scores: what lies beside the new pictures would be taken for theirs."""
+    folder = trained / "compare"
+    folder.mkdir()
+    ours = ["finetuned-3_0.png", "finetuned-12_10.png", "baseline_7.png", "grid.png"]
+    ours += ["report.json", "report.html", "scores.json"]
+    foreign = ["finetuned-x_0.png", "finetuned_00.png", "finetuned-1_0.png", "baseline_me.png", "baseline_0.jpg"]
+    for name in ours + foreign:
+        (folder / name).write_bytes(b"earlier")
+    drawn = []
+
+    def stopped(*given):
+        drawn.append(sample(*given))
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return drawn[-1]
+
+    monkeypatch.setattr("infer.compare.sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(trained, "one", "two", lora_path=trained, num_inference_steps=1)
+    left = {path.name for path in folder.iterdir()} - {".lock"}
+    assert left == {*foreign, "baseline_0.png", "baseline_1.png"}
+    assert all((folder / name).read_bytes() == b"earlier" for name in foreign)
 
 
 @pytest.mark.slow
@@ -204,64 +356,39 @@ def test_a_weights_file_can_be_named(run, trained):
         compare(trained, PROMPTS[0], lora_path="nothing.safetensors")
 
 
-@pytest.mark.parametrize("text", ["x" * 300, "a " + "Donaudampfschifffahrt" * 5 + " b", "one two three " * 20])
-def test_no_line_of_the_grid_is_wider_than_its_cell_and_no_letter_is_lost(text):
-    font = ImageFont.load_default(size=17)
-    lines = _wrap(text, font)
-    assert all(0 < font.getlength(line) <= CELL for line in lines)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-
-
 def test_a_picture_that_is_not_finite_is_not_saved_as_a_black_one(trained):
-    with pytest.raises(NumbersError, match="not finite, it would be black; try a smaller --lora_scale, or another VAE"):
+    advice = "it would be black; try a smaller --lora_scale, or another VAE"
+    with pytest.raises(NumbersError, match=f"^LoRA × 1e.30: a picture's numbers are not finite, {advice}"):
         compare(trained, PROMPTS[0], lora_scale=1e30)
     assert not list((trained / "compare").glob("finetuned*"))
 
 
-@pytest.mark.slow
-def test_the_grid_holds_every_picture_at_its_place():
-    """Base is above and LoRA below, in the order of the prompts; more than eight wrap."""
-    colours = [(20 * i, 255 - 20 * i, 7) for i in range(10)]
-    rows = {
-        "base": [Image.new("RGB", (64, 64), c) for c in colours],
-        "LoRA": [Image.new("RGB", (64, 64), (255, 0, c[0])) for c in colours],
-    }
-    found = np.asarray(grid(rows, [f"a long prompt about number {i} " * 3 for i in range(10)]))
-    for label, of in rows.items():
-        places = []
-        for image in of:
-            ys, xs = np.where((found == image.getpixel((0, 0))).all(-1))
-            assert len(ys) >= 256 * 256
-            places.append((ys.min(), xs.min()))
-        assert places == sorted(places) and places[0][0] < places[8][0]
-    assert len(found.shape) == 3
-
-
-def test_a_report_never_tells_of_other_pictures_or_weights(run, tmp_path, monkeypatch):
-    """Stopped after its first picture, infer leaves no report of the last time; and what it says it read once."""
-    folder = tmp_path / "run"
-    shutil.copytree(run.folder, folder)
-    sha = hashlib.sha256((folder / "lora.safetensors").read_bytes()).hexdigest()
-
-    def stopped(*_):
-        shutil.copy(folder / "lora-000002.safetensors", folder / "lora.safetensors")  # another run's export, meanwhile
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("infer.compare.grid", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
-    assert (folder / "compare" / "baseline_0.png").exists()
-    assert not (folder / "compare" / "report.json").exists() and not (folder / "compare" / "grid.png").exists()
+def test_a_report_never_tells_of_other_pictures_or_weights(run, trained, monkeypatch):
+    """Stopped before its report, infer leaves none of the last time; and what it tells of a file is what it drew."""
+    shutil.copytree(run.folder / "compare", trained / "compare")
+    monkeypatch.setattr("infer.compare.grid", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(trained, "x", num_inference_steps=1)
+    assert (trained / "compare" / "baseline_0.png").exists()
+    assert not (trained / "compare" / "report.json").exists() and not (trained / "compare" / "grid.png").exists()
     monkeypatch.undo()
-    shutil.copy(run.folder / "lora.safetensors", folder)
 
-    def sampled(*given):
-        shutil.copy(folder / "lora-000002.safetensors", folder / "lora.safetensors")
-        return sample(*given)
+    early, last = ((run.folder / name).read_bytes() for name in ("lora-000002.safetensors", "lora.safetensors"))
+    drawn = []
+    for replaced_at, weights in ((2, last), (1, early)):  # while the LoRA's row is drawn, or the base's before
+        (trained / "lora.safetensors").write_bytes(last)
+        calls = []
 
-    monkeypatch.setattr("infer.compare.sample", sampled)
-    here("infer", "--output_dir", folder, "--prompt", "x", "--num_inference_steps", 1)
-    assert json.loads((folder / "compare" / "report.json").read_text())["lora"]["sha256"] == sha
+        def sampled(*given, calls=calls, replaced_at=replaced_at):
+            calls.append(1)
+            if len(calls) == replaced_at:
+                (trained / "lora.safetensors").write_bytes(early)  # another run's export, meanwhile
+            return sample(*given)
+
+        monkeypatch.setattr("infer.compare.sample", sampled)
+        drawn.append(compare(trained, "x", num_inference_steps=1)["finetuned_0.png"])
+        assert report(trained)["lora"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert not same(*drawn)
 
 
 def test_more_steps_than_the_schedule_has_are_refused():

@@ -46,6 +46,7 @@ WANTED = {
     *(f"compare/{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(2)),
     "compare/grid.png",
     "compare/report.json",
+    "compare/report.html",
 }
 
 

@@ -1150,7 +1150,8 @@ def test_captions_prompts_and_names_of_pictures_may_be_anything(pictures, tmp_pa
     here("train", "--output_dir", run, *TRAIN, "--max_train_steps", 1)
     here("infer", "--output_dir", run, "--prompt", *ODD, "--num_inference_steps", 1)
     pairs = {f"{kind}_{i}.png" for kind in ("baseline", "finetuned") for i in range(len(ODD))}
-    assert {p.name for p in (run / "compare").iterdir()} == {".lock", "grid.png", "report.json", *pairs}
+    others = {".lock", "grid.png", "report.json", "report.html"}
+    assert {p.name for p in (run / "compare").iterdir()} == others | pairs
     assert json.loads((run / "compare" / "report.json").read_text())["prompts"] == list(ODD)
     after = every_byte(tmp_path)
     assert {path: blob for path, blob in after.items() if not path.is_relative_to(run)} == before

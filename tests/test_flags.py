@@ -9,19 +9,21 @@ from conftest import ROOT, one_line_error
 from conftest import command as run_command
 
 from data.common.errors import UserError
-from data.common.flags import COMMANDS, parse
+from data.common.flags import COMMANDS, parse, spelled
 
 NEEDED = {
     "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],
     "train": ["--output_dir", "x"],
+    "train.metrics": ["x"],
     "infer": ["--prompt", "a cat", "--output_dir", "x"],
+    "infer.publish": ["x", "--hub_model_id", "fox/ink"],
 }
-FLAGS = [(command, f) for command, settings in COMMANDS.items() for f in fields(settings)]
+FLAGS = [(command, f) for command, kind in COMMANDS.items() for f in fields(kind) if not f.metadata["positional"]]
 
 
 def number(f):
     """int or float where the flag takes a number, else None."""
-    return next((kind for kind in (int, float) if f.type in (kind, kind | None)), None)
+    return next((kind for kind in (int, float) if f.type in (kind, kind | None, tuple[kind, ...] | None)), None)
 
 
 def bad_values():
@@ -57,7 +59,7 @@ def test_a_bad_value_names_its_flag(command, name, value):
 def test_numbers_that_make_no_sense_are_refused(command, f):
     """Such as steps, sizes and shares below zero. Each number has a bound, unless every number means something."""
     if f.name == "lora_scale":  # -1 is the update's opposite
-        assert parse(command, [*NEEDED[command], "--lora_scale=-1"]).lora_scale == -1
+        assert parse(command, [*NEEDED[command], "--lora_scale=-1"]).lora_scale == (-1,)
     else:
         with pytest.raises(UserError, match=f"--{f.name} -1"):
             parse(command, [*NEEDED[command], f"--{f.name}=-1"])
@@ -77,14 +79,23 @@ def test_another_commands_flag_is_answered_with_the_right_one(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_unknown_and_missing_flags_are_named(command):
-    for words in (["--nonsense"], ["--nonsense=3"], ["--output_di", "x"], ["-q"], ["stray"]):
+    stray = [] if command == "train.metrics" else [["stray"]]  # there it is one more run
+    for words in (["--nonsense"], ["--nonsense=3"], ["--output_di", "x"], ["-q"], *stray):
         with pytest.raises(UserError, match=rf"^{words[0].split('=')[0]}: no such flag"):
             parse(command, [*NEEDED[command], *words])
     for f in fields(COMMANDS[command]):
-        if f.default is MISSING:
+        if f.default is MISSING and f.metadata["positional"]:
+            with pytest.raises(UserError, match=f.name.upper()):
+                parse(command, [])
+        elif f.default is MISSING:
             at = NEEDED[command].index(f"--{f.name}")
             with pytest.raises(UserError, match=f"--{f.name}"):
                 parse(command, NEEDED[command][:at] + NEEDED[command][at + 2 :])
+
+
+def test_a_token_that_slipped_in_is_not_printed():
+    with pytest.raises(UserError, match="^hf_…: no such flag"):
+        parse("infer.publish", [*NEEDED["infer.publish"], "hf_secret"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -94,7 +105,7 @@ def test_defaults_are_those_declared_and_settings_are_frozen(command):
         if f.default is not MISSING:
             assert getattr(settings, f.name) == f.default
     with pytest.raises(AttributeError):
-        settings.output_dir = "elsewhere"
+        setattr(settings, fields(settings)[0].name, "elsewhere")
 
 
 def test_values_arrive_with_their_types():
@@ -104,6 +115,10 @@ def test_values_arrive_with_their_types():
     assert train.use_8bit_adam is True and train.learning_rate == 1e-4
     infer = parse("infer", ["--output_dir", "x", "--prompt", "a cat", "two", "--seed", "3", "--prompt", "dogs"])
     assert infer.prompt == ("a cat", "two", "dogs")
+    several = ["--lora_path", "a", "b", "--lora_scale", "0.5", "1", "--lora_path", "c", "--unrelated_prompt", "a car"]
+    infer = parse("infer", [*NEEDED["infer"], *several])
+    assert (infer.lora_path, infer.lora_scale) == (("a", "b", "c"), (0.5, 1.0))
+    assert infer.unrelated_prompt == ("a car",)
 
 
 STEPS, EPOCHS = ("--max_train_steps", "7"), ("--num_train_epochs=3",)
@@ -131,7 +146,7 @@ def test_help_lists_every_flag_with_its_default(capsys):
         with pytest.raises(SystemExit) as left:
             parse(command, ["--help"])
         text = capsys.readouterr().out
-        assert left.value.code == 0 and all(f"--{f.name}" in text for f in fields(settings))
+        assert left.value.code == 0 and all(spelled(f) in text for f in fields(settings))
 
 
 def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
@@ -140,21 +155,22 @@ def test_the_real_commands_refuse_in_one_line_before_importing_torch(tmp_path):
         "import runpy, sys\n"
         "run = sys.argv[1]\n"
         f"for command in {list(COMMANDS)}:\n"
-        "    sys.argv = [command, '--output_dir', run, '--nonsense']\n"
+        "    sys.argv = [command, *(['--output_dir'] if command != 'infer.publish' else []), run, '--nonsense']\n"
         "    try: runpy.run_module(command, run_name='__main__')\n"
         "    except SystemExit as left: print(left.code)\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'datasets') if m in sys.modules])\n"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "2\n2\n2\n[]\n", done.stdout + done.stderr
+    assert done.stdout == "2\n" * len(COMMANDS) + "[]\n", done.stdout + done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), done.stderr
+    assert len(lines) == len(COMMANDS) and all(line.startswith("error: ") for line in lines), done.stderr
     assert not (tmp_path / "run").exists()  # refused at the door: no folder is left behind
 
 
-MAY_BE_EMPTY = ("prompt", "negative_prompt")
-WORDS = [(c, f.name) for c, f in FLAGS if f.type in (str, str | None) and f.name not in MAY_BE_EMPTY]
+MAY_BE_EMPTY = ("prompt", "unrelated_prompt", "negative_prompt", "validation_prompt")
+TEXTS = (str, str | None, tuple[str, ...], tuple[str, ...] | None)
+WORDS = [(c, f.name) for c, f in FLAGS if f.type in TEXTS and f.name not in MAY_BE_EMPTY]
 
 
 @pytest.mark.parametrize("command, name", WORDS)
@@ -224,6 +240,8 @@ USELESS_FLAGS = [
     ("train", "--lr_num_cycles 4 --lr_scheduler cosine", "cosine_with_restarts"),
     ("train", "--vram_gib 10 --gradient_checkpointing", "--gradient_checkpointing"),
     ("infer", "--negative_prompt ugly --guidance_scale 1", "--guidance_scale"),
+    ("infer", "--lora_scale 1 0", "row of its own"),
+    ("infer", "--prompt fox --unrelated_prompt car fox", "--prompt"),
     ("data.precompute", "--train_data_dir x --image_column photo", "--train_data_dir"),
     ("data.precompute", f"--pretrained_model_name_or_path {ROOT} --revision main", "folder"),
     ("data.precompute", "--keep_tokens 1", "--shuffle_caption"),
@@ -244,3 +262,4 @@ def test_a_flag_that_does_something_is_taken():
     assert train("--lr_warmup_steps", "10", "--lr_scheduler", "cosine").lr_warmup_steps == 10
     assert train("--lr_num_cycles", "4", "--lr_scheduler", "cosine_with_restarts").lr_num_cycles == 4
     assert parse("infer", [*NEEDED["infer"], "--negative_prompt", "ugly"]).negative_prompt == "ugly"
+    assert parse("infer", [*NEEDED["infer"], "--lora_scale", "0"]).lora_scale == (0,)

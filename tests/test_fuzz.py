@@ -414,17 +414,20 @@ FOLDERS = {"output_dir", "cache_dir"}  # which are made wherever they say
 
 @pytest.mark.slow
 def test_flags_with_odd_values(fuzz):
+    run = ["--output_dir", fuzz.run]
     usual = {
-        "data.precompute": ["--train_data_dir", fuzz.run / "pictures", *PRECOMPUTE, *PICTURES],
-        "train": [*TRAIN, "--max_train_steps", 2],
-        "infer": ["--prompt", "a fox", "--num_inference_steps", 1],
+        "data.precompute": [*run, "--train_data_dir", fuzz.run / "pictures", *PRECOMPUTE, *PICTURES],
+        "train": [*run, *TRAIN, "--max_train_steps", 2],
+        "train.metrics": [fuzz.run],
+        "infer": [*run, "--prompt", "a fox", "--num_inference_steps", 1],
+        "infer.publish": [fuzz.run, "--hub_model_id", "fox/ink"],
     }
     for _ in fuzz:
         name = fuzz.random.choice(sorted(flags.COMMANDS))
         flag = fuzz.random.choice(fields(flags.COMMANDS[name]))
         word = fuzz.random.choice([word for word in WORDS if flag.name not in FOLDERS or word[:1] in ("/", "")])
         value = [] if flag.type is bool else [word]
-        argv = ["--output_dir", fuzz.run, *usual[name], f"--{flag.name}", *value]
+        argv = [*usual[name], *([] if flag.metadata["positional"] else [f"--{flag.name}"]), *value]
         fuzz.tried(f"{name} --{flag.name} {word!r}"[:100], name, *argv)
 
 

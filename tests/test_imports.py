@@ -56,7 +56,17 @@ def test_train_imports_what_it_uses(cached, tmp_path):
     flags = ("--output_dir", tmp_path / "run", "--cache_dir", cached / "cache", *TRAIN, "--max_train_steps", 1)
     modules = imported("train", *flags, "--use_8bit_adam")
     assert "bitsandbytes" in modules  # it is used, and was not hidden from the optimizer
-    assert not modules & ({*UNUSED, *COMPILER, "transformers", "torchvision"} - {"bitsandbytes"})
+    assert not modules & ({*UNUSED, *COMPILER, "transformers", "torchvision", "infer.sample"} - {"bitsandbytes"})
+
+
+@pytest.mark.slow
+def test_train_with_validation_prompts_imports_what_draws_them(cached, pictures, tmp_path):
+    """And no encoder of ours."""
+    shutil.copytree(cached, tmp_path / "run")
+    precompute(tmp_path / "run", pictures, "--validation_prompt", "a fox")
+    modules = imported("train", "--output_dir", tmp_path / "run", *TRAIN, "--max_train_steps", 1)
+    assert {"infer.sample", "transformers"} <= modules and (tmp_path / "run" / "samples" / "000001_0.png").exists()
+    assert not modules & {*UNUSED, *COMPILER, "data.encoders", "data.loaded"}
 
 
 @pytest.mark.slow

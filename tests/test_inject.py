@@ -13,7 +13,7 @@ from data.common.errors import UserError
 from data.models.fused import fuse
 from lora.adapters import ALIGN
 from lora.attention import fuse_projections
-from lora.inject import TARGETS, inject, targets
+from lora.inject import TARGETS, inject, take_out, targets
 from lora.linear import LoRALinear, lora
 
 BOTH = pytest.mark.parametrize("layers", TARGETS)
@@ -319,6 +319,20 @@ def test_a_projection_that_is_no_plain_linear_layer_is_refused(unet):
     unet.set_submodule(name, nn.Identity())
     with pytest.raises(UserError, match=f"{name} is of type Identity: only a linear layer can be adapted"):
         inject(unet, rank=4, alpha=4.0)
+
+
+@pytest.mark.parametrize("first, second", [("attn", "attn-mlp"), ("attn-mlp", "attn")])
+def test_a_lora_that_is_taken_out_leaves_nothing(unet, first, second):
+    """The UNet computes the base bit for bit, and the next LoRA as if there had been none before."""
+    untouched, x = fused(unet), unet_inputs()
+    base = predict(untouched, x)
+    adapters = inject_filled(unet, rank=3, layers=first)
+    assert not torch.equal(predict(unet, x), base)
+    take_out(unet, adapters)
+    assert torch.equal(predict(unet, x), base) and not [m for m in unet.modules() if isinstance(m, LoRALinear)]
+    inject_filled(unet, rank=5, layers=second), inject_filled(untouched, rank=5, layers=second)
+    assert torch.equal(predict(unet, x), predict(untouched, x))
+    assert unet.state_dict().keys() == untouched.state_dict().keys()
 
 
 def test_injecting_twice_is_refused_and_changes_nothing(unet):

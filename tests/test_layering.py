@@ -6,22 +6,24 @@ import sys
 import pytest
 from conftest import ROOT
 
+TRAIN = {
+    "train",
+    "lora",
+    "data.common",
+    "data.models",
+    "data.cache",
+    "data.sampler",
+    "data.check",
+    "data.progress",
+    "infer.sample",
+}
 MAY = {  # a folder, or one file of it, and what it may import; the longest name that fits counts
     "data/common": {"data.common"},
     "data/models": {"data.models", "data.common"},
     "data": {"data"},
     "lora": {"lora", "data.common", "data.models"},
-    "train": {
-        "train",
-        "lora",
-        "data.common",
-        "data.models",
-        "data.cache",
-        "data.sampler",
-        "data.check",
-        "data.progress",
-        "infer.sample",
-    },
+    "train": TRAIN,
+    "train/__main__.py": TRAIN | {"infer.publish"},  # before the first step and after the last
     "infer": {
         "infer",
         "lora",
@@ -31,7 +33,9 @@ MAY = {  # a folder, or one file of it, and what it may import; the longest name
         "data.check",
         "data.encoders",
         "data.progress",
+        "train.curves",
     },
+    "train/curves.py": {"data.common"},  # reads without torch
     "infer/sample.py": {"data.common", "data.models"},  # the trainer imports it
 }
 PACKAGES = {"lora", "data", "train", "infer"}

@@ -111,6 +111,26 @@ def test_a_plan_holds_for_the_flags_and_the_device_it_was_made_for():
     assert plan.make(None, True, None, None, cpu, 0, other)["recomputed"] is None
 
 
+def test_pictures_take_their_share_of_the_budget(monkeypatch, capsys):
+    """As if the budget were as much smaller; and a plan that was made without them is made anew."""
+    gpu, made = torch.device("cuda"), blocks(3)
+    for name, answer in dict(get_device_name="a GPU", mem_get_info=(0, 0), memory_reserved=0, empty_cache=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(plan, "on_side_stream", lambda function: function())
+    monkeypatch.setattr(plan, "measure", lambda *_: blocks(3))
+    budget = peak(made, set(range(len(made))))
+    without = plan.make(budget / 2**30, False, None, None, gpu, 0, None)
+    assert without["recomputed"] == [] and "pictures" not in capsys.readouterr().out
+    kept = choose(made, budget - 150)
+    beside = plan.make(budget / 2**30, False, None, None, gpu, 0, without, pictures=150)
+    assert beside["recomputed"] == [block.name for i, block in enumerate(made) if i not in kept] != []
+    assert "GiB are kept for pictures of the validation prompts" in capsys.readouterr().out
+    marked = beside | dict(recomputed=["marked"])
+    assert plan.make(budget / 2**30, False, None, None, gpu, 0, marked, pictures=150) == marked
+    with pytest.raises(MachineError, match="the memory is too small: at least --vram_gib"):
+        plan.make(budget / 2**30, False, None, None, gpu, 0, None, pictures=budget)
+
+
 def test_without_a_gpu_a_budget_is_answered_with_what_it_means(fresh, capfd):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

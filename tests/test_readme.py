@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 import pytest
 from conftest import ROOT
 
-from data.common.flags import COMMANDS
+from data.common.flags import COMMANDS, spelled
 
 README = (ROOT / "README.md").read_text()
 
@@ -15,10 +15,10 @@ README = (ROOT / "README.md").read_text()
 def test_every_flag_is_in_the_table_of_its_command(command):
     table = README.split(f"**`python -m {command}`**")[1].split("\n\n")[1]
     cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
-    wanted, words = {}, {MISSING: "required", False: "off", None: ""}
+    wanted, words = {}, {MISSING: "required", False: "off", None: "", (): ""}
     for f in fields(COMMANDS[command]):
         word = next((word for default, word in words.items() if f.default is default), f"`{f.default}`")
-        wanted[f"`--{f.name}`"] = [word, f.metadata["meaning"]]
+        wanted[f"`{spelled(f)}`"] = [word, f.metadata["meaning"]]
     assert {row[1]: row[2:4] for row in cells} == wanted
 
 

@@ -122,16 +122,9 @@ def test_a_damaged_state_is_said_and_passed_over_and_all_damaged_stops(damage, t
     assert torch.equal(untouched.adapters.vector, before)
 
 
-FREE = {
-    "output_dir",
-    "cache_dir",
-    "restart",
-    "max_train_steps",
-    "num_train_epochs",
-    "checkpointing_steps",
-    "validation_steps",
-}
+FREE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
 FREE |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
+FREE |= {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "private"}
 
 
 def test_every_flag_but_those_that_may_change_is_held(tmp_path):

@@ -236,13 +236,16 @@ def test_what_else_a_manifest_can_say_is_named():
     """Each alone, where no row has anything to say; where files were seen is nothing."""
     then = dict(identity={"vae": "a"}, decoder="x", buckets=[[64, 64]], instance_prompt=None)
     then["components"] = {"unet": dict(config="1", content="2", seen=[[1, 2, 3, 4]])}
+    then["validation_prompts"] = {"a": 3, "b": 4}
     same = dict(then, buckets=[(64, 64)], components={"unet": dict(config="1", content="2", seen=[])})
+    same["validation_prompts"] = {"a": None, "b": None}  # where they are is not known before they are encoded
     assert other_facts(then, same) == []
     for field, value, words in (
         ("identity", {"vae": "b"}, "the encoders or their precision, encoded already"),
         ("decoder", "y", "the decoder of pictures, encoded already"),
         ("buckets", [(64, 64), (64, 128)], "the buckets"),
         ("instance_prompt", "fox", "the trigger word"),
+        ("validation_prompts", {"b": None, "a": None}, "the validation prompts"),
         ("components", {"unet": dict(config="1", content="3", seen=[])}, "the model's files"),
     ):
         assert other_facts(then, same | {field: value}) == [words]

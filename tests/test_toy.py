@@ -227,10 +227,12 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     Rows(tmp_path / "cache", "captions", (2,)).write(1, [([b"none"], np.zeros((1, 2)))])
     write_index(tmp_path / "cache", np.zeros(0, INDEX), np.zeros(0, "<i4"), [], facts)
     (tmp_path / "compare").mkdir()
-    (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS}))
+    rows = [{"pictures": [f"{name}_{i}.png" for i in range(len(PROMPTS))]} for name in ("baseline", "early", "last")]
+    rows[2]["pictures"].append("of no prompt that can be scored.png")
+    (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS, "rows": rows}))
     for i, prompt in enumerate(PROMPTS):
-        for name in ("baseline", "finetuned"):
-            render(parse(prompt), "base", 50 + i).save(tmp_path / "compare" / f"{name}_{i}.png")
+        for name, style in (("baseline", "base"), ("early", "ink"), ("last", "base")):
+            render(parse(prompt), style, 50 + i).save(tmp_path / "compare" / f"{name}_{i}.png")
 
     scores = score(tmp_path)
     assert scores["base"]["colour"] >= 0.9 and scores["base"]["subject"] >= 0.9 and abs(scores["base"]["style"]) < 0.2

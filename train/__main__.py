@@ -10,17 +10,20 @@ from data.common import door, ranks, safe
 from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
+from train import trackers
 
-WRITES = ("state/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
     shared_out(settings.gradient_accumulation_steps)
+    trackers.check_installed(settings.report_to)
     first = not ranks.index()
     held = door.hold(settings.output_dir, "--output_dir", WRITES) if first else nullcontext(Path(settings.output_dir))
     with held as run:
         from data.cache import cache_folder, read_manifest
+        from infer.publish import ask, publish
         from train import same_run
         from train.epochs import in_steps
 
@@ -35,13 +38,18 @@ def main(argv):
                     same_run.check_at_the_door(run, settings, manifest)
                 something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
-                with lean("transformers"):
+                repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
+                # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
+                with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
 
                 train(settings, run)
             except same_run.AnotherRun as error:
                 print(error.ways_on(argv))
                 raise
+        if repository:
+            safe.end_at_once()
+            publish(repository, run)
 
 
 def shared_out(slots):
@@ -56,8 +64,11 @@ def shared_out(slots):
 
 def something_to_look_at(settings, manifest):
     """Raise UserError for --validation_steps where the cache, whose manifest it is, has nothing for them."""
-    if settings.validation_steps and not manifest["held_out"]:
-        raise UserError("--validation_steps: no picture is held out; run precompute with a --validation_fraction first")
+    if settings.validation_steps and not manifest["held_out"] and not manifest["validation_prompts"]:
+        raise UserError(
+            "--validation_steps: the cache has no picture held out and no prompt to draw; "
+            "run precompute with a --validation_fraction or a --validation_prompt first"
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ from train.health import Health, describe
 from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
 from train.same_run import begin, identity_of, remember
+from train.samples import Samples
 from train.state import need_room, read_state, restore, save_state
+from train.trackers import Trackers
 from train.validate import Validation
 
 
@@ -47,7 +49,8 @@ def train(settings, folder):
 
     announce.before(run)
     health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
-    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device) as metrics:
+    trackers = Trackers(settings.report_to, folder, run.start, settings)
+    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device, trackers) as metrics:
         for step in range(run.start, settings.max_train_steps):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()
@@ -73,6 +76,7 @@ def train(settings, folder):
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or signal:
                 metrics.sync()  # before the state, which counts the steps that stand there
                 save(run, done)
+            metrics.show(done, run.samples.draw(done, stop))
             if signal and done < settings.max_train_steps:
                 raise Stopped(signal, announce.stopped(run, done))
     export_weights(run, "lora")
@@ -116,6 +120,7 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict  # what a continuation of this run must agree with
     origin: files.Origin  # what its files of weights say
+    samples: Samples  # pictures while training
     start: int  # steps that are done
     memory_plan: dict | None  # which blocks are recomputed, and what that was decided for
     best: dict | None  # of the saves before `start`, the step with the lowest held-out loss, and that
@@ -175,6 +180,7 @@ def setup(settings, folder):
             zero_snr=scheduler["rescale_betas_zero_snr"],
             trigger_phrase=cache.manifest.get("instance_prompt"),
         ),
+        samples=Samples(settings, folder, cache, base, vae, unet),
         start=start,
         memory_plan=memory_plan,
         best=best,
@@ -197,6 +203,7 @@ def plan_and_capture(run):
         run.device,
         optimizer_bytes,
         run.memory_plan,
+        run.samples.memory,
     )
     plan.recompute(run.unet, run.memory_plan["recomputed"])
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)

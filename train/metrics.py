@@ -1,22 +1,28 @@
-"""RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is."""
+"""RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is.
+
+python -m train.metrics RUN … draws the curves of what stands there (train/curves.py).
+"""
 
 import json
 import math
 import os
+import sys
 import time
 
-import torch
-
-from data.common import system
+from data.common import safe, system
 from data.common.disk import atomic_write, naming
 from data.progress import progress
+from train import curves
 
 
 class Metrics:
-    """A context manager whose log(...) is called once per optimizer step. A resumed run's file goes on at its step."""
+    """A context manager whose log(...) is called once per optimizer step. A resumed run's file goes on at its step.
 
-    def __init__(self, path, step, steps, device):
-        self.device, self.path = device, path
+    trackers: trackers.Trackers, which are told the same.
+    """
+
+    def __init__(self, path, step, steps, device, trackers):
+        self.device, self.path, self.trackers = device, path, trackers
         if path.exists():  # lines past the state that the run goes on from would stand there twice
             lines = path.read_text(errors="replace").splitlines(keepends=True)
             with atomic_write(path, "w") as file:
@@ -24,26 +30,37 @@ class Metrics:
         self.file = open(path, "a", encoding="utf-8", newline="\n")
         self.bar = progress("train", "step", steps, done=step)
         self.began = self.time = time.perf_counter()
-        self.logged, self.steps = 0, steps
+        self.logged, self.steps, self.held_out = 0, steps, {}
 
     def log(self, step, images, **numbers):
-        """step: how many are done. images: how many this one trained on. numbers: what else to write down."""
+        """step: how many are done. images: how many this one trained on. numbers: what else to write down.
+
+        One of them may be held_out, what train/validate.py measured, whose difference the bar shows from then on.
+        """
         now = time.perf_counter()
         seconds, self.time = now - self.time, now
         line = dict(
             step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device)
         )
-        line = without_infinity(line)
+        line = _strict(line)
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        self.trackers.log(step, line)
         shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr", "images_per_s", "peak_gib")}
-        self.bar.set_postfix(shown, refresh=False)
+        if line.get("held_out", {}).get("difference") is not None:
+            self.held_out = {"held_out": f"{line['held_out']['difference']:.3g}"}
+        self.bar.set_postfix(shown | self.held_out, refresh=False)
         self.bar.update()
         self.logged += 1
         if self.logged == 10 and step < self.steps:
             minutes = (now - self.began) / 10 * (self.steps - step) / 60
             self.bar.write(f"{self.steps - step:,} more steps will take about {minutes:,.1f} minutes")
+
+    def show(self, step, pictures):
+        """pictures: {name: PIL image}, drawn after `step` steps; {} where none were."""
+        self.trackers.show(step, pictures)
+        self.time = time.perf_counter()  # a step's seconds are without those of the drawing before it
 
     def seconds(self):
         """Since the first step began."""
@@ -59,16 +76,17 @@ class Metrics:
 
     def __exit__(self, *_):
         self.bar.close()
+        self.trackers.close()
         with naming(self.path):
             self.file.close()
 
 
-def without_infinity(value):
-    """The value with None for every number that is not finite, which JSON does not have."""
+def _strict(value):
+    """The same with null in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: without_infinity(inside) for name, inside in value.items()}
+        return {name: _strict(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [without_infinity(inside) for inside in value]
+        return [_strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -83,5 +101,11 @@ def _step(line):
 def peak_gib(device):
     """The most memory held so far, GiB: what torch reserved on the GPU, or without one what the process held."""
     if device.type == "cuda":
+        import torch  # here, because the command that draws the curves needs none
+
         return torch.cuda.max_memory_reserved(device) / 2**30
     return system.peak_memory() / 2**30
+
+
+if __name__ == "__main__":
+    safe.run(curves.main, sys.argv[1:])

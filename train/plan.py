@@ -121,15 +121,17 @@ def _without_gradient(block, args):
     return block(*args)
 
 
-def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, before):
+def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, before, pictures=0):
     """The run's plan, a dict that is kept with its state; what was decided is printed in one line.
 
     vram_gib, gradient_checkpointing: the flags. step(): one forward and backward of the largest shape, eagerly.
     state_bytes: what the optimizer will hold that is not allocated yet. before: the plan in the run's state; it holds
-    as long as it was made for the same flags and device.
+    as long as it was made for the same flags and device. pictures: bytes that drawing takes next to what a step holds.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_for = dict(vram_gib=vram_gib, gradient_checkpointing=gradient_checkpointing, device=name)
+    if pictures:  # else a plan is what it was before there were any
+        made_for["pictures"] = pictures
     # On a CPU the last bits of a sum depend on how many threads make it, so that number stays with the run
     threads = (before or {}).get("threads", torch.get_num_threads())
     torch.set_num_threads(threads)
@@ -142,10 +144,12 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
         return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     for block in blocks:
-        block.peak += state_bytes
+        block.peak += state_bytes + pictures
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     budget = int(vram_gib * 2**30) if vram_gib else free
+    if pictures:
+        print(f"memory: {pictures / 2**30:.2f} GiB are kept for pictures of the validation prompts", flush=True)
     kept = choose(blocks, budget)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
     print(

@@ -25,7 +25,7 @@ from lora.contents import look
 # What may differ between a run and its continuation. The second line is about how a step is computed, not what;
 # "compile" is a flag that earlier versions had.
 MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
-MAY_CHANGE |= {"validation_steps"}
+MAY_CHANGE |= {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "private"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
 DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
 DIGESTS = {  # of the identity, and what another one means
@@ -35,7 +35,7 @@ DIGESTS = {  # of the identity, and what another one means
 }
 ENCODED = ("text_shape", "caption_variants", "caption_orders", "identity", "decoder")  # of the manifest, for rows.npz
 # What a run writes, next to its exports lora*.safetensors.
-PARTS = ("state", "metrics.jsonl", "run.json", "rows.npz", "samples", "tensorboard", "compare")
+PARTS = ("state", "metrics.jsonl", "run.json", "rows.npz", "samples", "tensorboard", "wandb", "curves.png", "compare")
 
 
 class AnotherRun(UserError):

@@ -2,8 +2,8 @@
 
 One picture's loss differs from another's, and from one timestep's to the next's, by far more than a LoRA changes it. So
 every picture has noise and timesteps of its own, which never change, and what counts is the difference that the LoRA
-makes to each. As many of the trained pictures are looked at in the same way: where these get better and those held out
-do not, the LoRA learns its pictures by heart.
+makes to each. Some of the trained pictures are looked at in the same way: where these get better and those held out do
+not, the LoRA learns its pictures by heart.
 """
 
 import math
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from data import sampler
-from data.common.ahead import ahead
+from data.common.ahead import ahead, behind
 
-PICTURES = 32  # at most, of those held out and of those trained on
+PICTURES = (
+    16  # of those held out, at most, and half as many of those trained on: a tenth of the time of a hundred steps
+)
 BANDS = 4  # parts of the noise schedule, of equal length; a picture is looked at once in each
 
 
@@ -42,7 +44,7 @@ class Validation:
         held_out = cache.index["held_out"]
         rows = first_by_content(cache.index, held_out, PICTURES)
         self.pictures = len(rows)
-        self.sets = [rows, first_by_content(cache.index, ~held_out, len(rows))]
+        self.sets = [rows, first_by_content(cache.index, ~held_out, (len(rows) + 1) // 2)]
         if not self.pictures:
             return
         first_of_bucket = {int(cache.index["bucket"][row]): row for row in np.concatenate(self.sets)}
@@ -91,10 +93,13 @@ class Validation:
             return self._draw([(rows[i], band) for i, band in places])
 
         with ThreadPoolExecutor(1) as pool:
-            for places, batch in zip(batches, ahead(pool, draw, batches, 1)):
+            computed = behind(
+                lambda batch: forward(batch).clone(), torch.Tensor.tolist, ahead(pool, draw, batches, 1), 1
+            )
+            for places, some in zip(batches, computed):
                 if stop and stop.received:
                     break
-                errors[tuple(zip(*places))] = forward(batch).tolist()
+                errors[tuple(zip(*places))] = some
         return errors
 
     def _draw(self, places):

@@ -34,7 +34,8 @@ def out_of_memory(error):
 
     It is told by torch's words, because torch is not imported here.
     """
-    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):
+    words = (": out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words):
         return "GPU"
     words = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
     return "machine" if isinstance(error, MemoryError) or any(word in str(error) for word in words) else None

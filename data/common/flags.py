@@ -1,4 +1,4 @@
-"""Every flag of the three commands, once: its name, default and meaning on one line. Standard library only.
+"""Every flag of the commands, once: its name, default and meaning on one line. Standard library only.
 
 The names are those of diffusers' training scripts. A flag given to the wrong command is answered with the right one.
 """
@@ -13,12 +13,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from data.common.errors import UserError, is_text
 
 
-def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None):
-    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded."""
-    return field(
-        default=default,
-        metadata=dict(meaning=meaning, choices=choices, at_least=at_least, at_most=at_most, above=above),
-    )
+def flag(default, meaning, choices=None, at_least=None, at_most=None, above=None, positional=False):
+    """A dataclass field that is also a command-line flag. Its bounds are checked before anything is loaded.
+
+    positional: it is given by its place, without its name.
+    """
+    bounds = dict(choices=choices, at_least=at_least, at_most=at_most, above=above)
+    return field(default=default, metadata=dict(meaning=meaning, positional=positional, **bounds))
+
+
+def spelled(f):
+    """What a field is called on the command line: --rank, or RUN where its place says what it is."""
+    return f.name.upper() if f.metadata["positional"] else f"--{f.name}"
 
 
 MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must not become a step that never ends
@@ -27,6 +33,7 @@ DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of
 PRECISIONS = ("no", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v_prediction")
 LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
+TRACKERS = ("tensorboard", "wandb")  # their packages' names; what train/trackers.py's KINDS has
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -90,6 +97,9 @@ class Precompute:
     random_flip: bool = flag(False, "cache each image mirrored as well; training draws one of the two")
     validation_fraction: float = flag(
         0.0, "hold this share of the pictures out of training, chosen by content", at_least=0, at_most=0.5
+    )
+    validation_prompt: tuple[str, ...] = flag(
+        (), "prompts, 16 at most, that training draws at its saves, into RUN/samples"
     )
     skip_bad: bool = flag(
         False, "leave out rows that cannot be used, and list them in the manifest, instead of stopping"
@@ -162,6 +172,25 @@ class Train:
     validation_steps: int | None = flag(
         None, "look at what was learned every N steps, besides at every save", at_least=1, at_most=MOST
     )
+    report_to: tuple[str, ...] | None = flag(
+        None,
+        "show numbers, pictures and settings there as well: in RUN/tensorboard, at wandb.ai or both",
+        choices=TRACKERS,
+    )
+    push_to_hub: bool = flag(
+        False,
+        "publish the run after the last step, as python -m infer.publish; whether it may is asked before the first",
+    )
+    hub_model_id: str | None = flag(None, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """python -m train.metrics RUN …: the curves of RUN/metrics.jsonl, in the terminal and as a picture"""
+
+    run: tuple[str, ...] = flag(MISSING, "the folders of one to eight runs", positional=True)
+    output: str | None = flag(None, "the picture, a .png; default: the first run's RUN/curves.png")
 
 
 @dataclass(frozen=True)
@@ -170,6 +199,9 @@ class Infer:
 
     output_dir: str = flag(MISSING, "the run's folder; pictures go to its compare/")
     prompt: tuple[str, ...] = flag(MISSING, "one or more prompts")
+    unrelated_prompt: tuple[str, ...] | None = flag(
+        None, "prompts without what was trained: a group of their own, where what changes has leaked"
+    )
     base_model: str | None = flag(None, "hub id, folder or file; default: the model that the run's cache names")
     model_config: str | None = flag(None, "for a --base_model that is a file, as precompute's")
     prediction_type: str | None = flag(None, "for a --base_model, as precompute's", choices=PREDICTIONS)
@@ -177,15 +209,29 @@ class Infer:
     pretrained_vae_model_name_or_path: str | None = flag(
         None, "another VAE; default: the one that the run's cache names, or --base_model's own"
     )
-    lora_path: str | None = flag(None, "LoRA weights; default: RUN/lora.safetensors")
+    lora_path: tuple[str, ...] | None = flag(
+        None, "LoRA files, or folders of them as a run's is, a row of pictures each; default: RUN/lora.safetensors"
+    )
     negative_prompt: str | None = flag(None, "what to steer away from; default: the model's unconditional embedding")
     num_inference_steps: int = flag(25, "sampler steps", at_least=1, at_most=1000)
     guidance_scale: float = flag(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
-    lora_scale: float = flag(1.0, "strength of the LoRA; 0 is the base, bit for bit")
+    lora_scale: tuple[float, ...] | None = flag(
+        None, "strengths of a LoRA, a row each; 0 is the base, bit for bit; default: 1"
+    )
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 
-COMMANDS = {"data.precompute": Precompute, "train": Train, "infer": Infer}
+@dataclass(frozen=True)
+class Publish:
+    """python -m infer.publish: a run's weights, pictures, report and a model card -> the hub"""
+
+    run: str = flag(MISSING, "the run's folder", positional=True)
+    hub_model_id: str | None = flag(MISSING, "the repository on the hub, USER/NAME; NAME alone is your own")
+    private: bool = flag(False, "make the repository private; one that is there and public is refused")
+
+
+COMMANDS = {"data.precompute": Precompute, "train": Train, "train.metrics": Curves}
+COMMANDS |= {"infer": Infer, "infer.publish": Publish}
 
 
 def _is_file(name):
@@ -231,7 +277,19 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             lambda s: s.vram_gib and s.gradient_checkpointing,
             "--vram_gib: does nothing next to --gradient_checkpointing, which recomputes everything; use one of them",
         ),
+        (
+            lambda s: s.push_to_hub and not s.hub_model_id,
+            "--push_to_hub: where to? name a repository of yours with --hub_model_id USER/NAME",
+        ),
+        *(
+            (
+                lambda s, name=name: getattr(s, name) and not s.push_to_hub,
+                f"--{name}: does nothing without --push_to_hub; leave it out, or push",
+            )
+            for name in ("hub_model_id", "private")
+        ),
     ],
+    Curves: [],
     Infer: [
         *(
             (
@@ -244,7 +302,16 @@ USELESS = {  # flags that do nothing next to others: (whether it is so, what to 
             lambda s: s.negative_prompt is not None and s.guidance_scale <= 1,
             "--negative_prompt: does nothing with a --guidance_scale of 1 or less; use a larger one, or leave it out",
         ),
+        (
+            lambda s: s.lora_scale and len(s.lora_scale) > 1 and 0 in s.lora_scale,
+            "--lora_scale 0: does nothing next to others, because the base has a row of its own; leave it out",
+        ),
+        (
+            lambda s: s.unrelated_prompt and set(s.unrelated_prompt) & set(s.prompt),
+            "--unrelated_prompt: does nothing new where it is a --prompt as well; leave it out of one of the two",
+        ),
     ],
+    Publish: [],
 }
 
 
@@ -269,9 +336,10 @@ def parse(command, argv):
     settings = COMMANDS[command]
     parser = _Parser(prog=f"python -m {command}", description=settings.__doc__, allow_abbrev=False)
     for f in fields(settings):
-        parser.add_argument(f"--{f.name}", **_argument(f))
+        parser.add_argument(f.name if f.metadata["positional"] else f"--{f.name}", **_argument(f))
     for word in argv:  # before argparse takes such a word for one more prompt
         _refuse_typographic(word)
+        _refuse_token(word)
     values, unknown = parser.parse_known_args(argv)
     for word in unknown:
         raise UserError(_unknown(command, word.split("=")[0]))
@@ -289,9 +357,15 @@ def _argument(f):
     required = f.default is MISSING
     if f.type is bool:
         return dict(action="store_true", help=f.metadata["meaning"])
-    if f.type == tuple[str, ...]:
-        return dict(nargs="+", action="extend", required=required, help=f.metadata["meaning"], **default)
-    kind = next(t for t in typing.get_args(f.type) or (f.type,) if t is not types.NoneType)
+    if f.metadata["positional"]:
+        several = dict(nargs="+") if f.type == tuple[str, ...] else {}
+        return dict(metavar=spelled(f), help=f.metadata["meaning"], **several)
+    optional = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (f.type,)
+    kind = next(t for t in optional if t is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        default = {name: values if values is None else list(values) for name, values in default.items()}
+        several = dict(type=typing.get_args(kind)[0], nargs="+", action="extend", choices=f.metadata["choices"])
+        return dict(required=required, help=f.metadata["meaning"], **several, **default)
     shown = "" if f.default in (MISSING, None) else f" (default: {f.default})"
     return dict(
         type=kind,
@@ -309,8 +383,18 @@ def _refuse_typographic(word):
         raise UserError(f"{word}: begins with a typographic dash; write --{meant}")
 
 
+def _refuse_token(word):
+    """Not to be read is the best that can happen to a secret on a command line; it is not repeated either."""
+    name = word.split("=")[0]
+    if name.replace("-", "_") in ("__hub_token", "__token"):
+        raise UserError(
+            f"{name}: a token on the command line is seen by others and kept by the shell; set HF_TOKEN, or log in "
+            "once with: hf auth login"
+        )
+
+
 def _names(*commands):
-    return [f.name for command in commands for f in fields(COMMANDS[command])]
+    return [f.name for command in commands for f in fields(COMMANDS[command]) if not f.metadata["positional"]]
 
 
 def _nearest(name, names):
@@ -319,6 +403,7 @@ def _nearest(name, names):
 
 
 def _unknown(command, word):
+    word = "hf_…" if word.startswith("hf_") else word  # a token that slipped in is not printed
     name = word.lstrip("-")
     owner = next((other for other in COMMANDS if word in {f"--{name}" for name in _names(other)}), None)
     if owner:
@@ -330,20 +415,24 @@ def _unknown(command, word):
 def _check(f, value):
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and not is_text(word):
-            raise UserError(f"--{f.name} {ascii(word)}: not UTF-8")
-        if word == "" and f.name not in ("prompt", "negative_prompt"):
+            raise UserError(f"{spelled(f)} {ascii(word)}: not UTF-8")
+        if word == "" and f.name not in ("prompt", "unrelated_prompt", "negative_prompt", "validation_prompt"):
             # It comes from a shell's variable that is not set, and as a path it would be the folder one is in.
-            raise UserError(f"--{f.name}: empty")
-    if value is None or isinstance(value, (bool, str, list)):
-        return
+            raise UserError(f"{spelled(f)}: empty")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            _check_number(f, number)
+
+
+def _check_number(f, value):
     bounds = f.metadata
     if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"--{f.name} {value}: must be a finite number")
+        raise UserError(f"{spelled(f)} {value}: must be a finite number")
     if isinstance(value, float) and value and not FP32[0] <= abs(value) <= FP32[1]:
-        raise UserError(f"--{f.name} {value}: beyond fp32, which reaches from {FP32[0]:.2g} to {FP32[1]:.2g}")
+        raise UserError(f"{spelled(f)} {value}: beyond fp32, which reaches from {FP32[0]:.2g} to {FP32[1]:.2g}")
     if bounds["at_least"] is not None and value < bounds["at_least"]:
-        raise UserError(f"--{f.name} {value}: must be at least {bounds['at_least']}")
+        raise UserError(f"{spelled(f)} {value}: must be at least {bounds['at_least']}")
     if bounds["at_most"] is not None and value > bounds["at_most"]:
-        raise UserError(f"--{f.name} {value}: must be at most {bounds['at_most']}")
+        raise UserError(f"{spelled(f)} {value}: must be at most {bounds['at_most']}")
     if bounds["above"] is not None and value <= bounds["above"]:
-        raise UserError(f"--{f.name} {value}: must be above {bounds['above']}")
+        raise UserError(f"{spelled(f)} {value}: must be above {bounds['above']}")

@@ -84,6 +84,12 @@ def _as_sigterm(signum):
     return signal.SIGTERM if signal.Signals(signum).name in system.HANGUPS else signum
 
 
+def end_at_once():
+    """From here on a signal ends the process at once again, because what Signals waited to save is saved."""
+    for signum in stopping():
+        signal.signal(signum, partial(_leave, streams.Output(2)))
+
+
 class Signals:
     """Ask a loop to stop: `received` is the first signal, SIGINT or SIGTERM; a second one ends the process at once.
 

@@ -1,9 +1,10 @@
 """python -m data.toy.score RUN: what the LoRA learned, in numbers -> RUN/compare/scores.json.
 
-The pictures in RUN/compare, base and LoRA alike, have three scores: `style` (0 is the base style, 1 is ink, both as the
-VAE shows them), `colour` and `subject` (the share of pictures that show what the prompt asks for). The weights have
-one: the mean squared error of the noise prediction on ink pictures that were not trained on, with the LoRA and without
-it on the same noise. `true` is what the same measures say of true pictures, `chance` what guessing would get.
+The pictures of the prompts there, the base's and those of the last LoRA, have three scores: `style` (0 is the base
+style, 1 is ink, both as the VAE shows them), `colour` and `subject` (the share of pictures that show what the prompt
+asks for). RUN/lora.safetensors has one: the mean squared error of the noise prediction on ink pictures that were not
+trained on, with the LoRA and without it on the same noise. `true` is what the same measures say of true pictures,
+`chance` what guessing would get.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from data.survey import image_digest
 from data.toy.draw import training_scenes
 from data.toy.measure import SubjectClassifier, colour_of, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
+from infer.report import write_report
 from lora import files
 from train import diffusion
 
@@ -105,7 +107,8 @@ def score(run):
     folder = run / "compare"
     if not (folder / "report.json").exists():
         raise errors.UserError(f"{folder / 'report.json'}: not there; run python -m infer --output_dir {run} first")
-    prompts = json.loads((folder / "report.json").read_text())["prompts"]
+    report = json.loads((folder / "report.json").read_text())
+    prompts = report["prompts"]
     try:
         scenes = [parse(prompt) for prompt in prompts]
     except ValueError as error:
@@ -119,13 +122,13 @@ def score(run):
         for style in ("base", "ink")
     }
     pictures = {
-        name: [Image.open(folder / f"{name}_{i}.png").convert("RGB") for i in range(len(scenes))]
-        for name in ("baseline", "finetuned")
+        name: [Image.open(folder / path).convert("RGB") for path in report["rows"][row]["pictures"][: len(scenes)]]
+        for name, row in (("base", 0), ("lora", -1))  # of several LoRAs the final one is the last
     }
     classify = SubjectClassifier()
     return {
-        "base": picture_scores(pictures["baseline"], scenes, "base", true, classify),
-        "lora": picture_scores(pictures["finetuned"], scenes, "ink", true, classify),
+        "base": picture_scores(pictures["base"], scenes, "base", true, classify),
+        "lora": picture_scores(pictures["lora"], scenes, "ink", true, classify),
         "heldout_loss": held_out_loss(run, model, vae_model, manifest["scaling_factor"]),
         "chance": {"style": 0.0, "colour": round(1 / len(COLOURS), 3), "subject": round(1 / len(SUBJECTS), 3)},
         "true": {style: picture_scores(true[style], scenes, style, true, classify) for style in ("base", "ink")},
@@ -155,6 +158,7 @@ def main(argv):
         shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")]
         print(name, *shown, f"held-out loss {scores['heldout_loss'][name]:.4f}")
     print(path)
+    write_report(run)  # again, with the scores in it
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ OUT/work. Then it runs the real commands on them, each under a cap on GPU memory
 per step and per picture, and for each stage the peak GiB of GPU memory (reserved) and of RAM (resident, which includes
 pages of mapped files). How fast precompute and the training step are is measured by precompute.py and step.py.
 `--toy` does the same with the small pipeline, for a machine without a GPU; `--single` with the model in one file.
+`--pictures` trains instead, without and with pictures while training, with room to spare and in a budget that is full:
+OUT/pictures.json says what drawing takes, next to what the plan counted on.
 """
 
 import argparse
@@ -83,6 +85,7 @@ def leave():
     peaks = dict(resident_gib=int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
     if torch.cuda.is_available():
         peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        peaks["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
     pathlib.Path(out).write_text(json.dumps(peaks))
 
 atexit.register(leave)
@@ -155,11 +158,34 @@ def command(work, module, *flags):
     return printed, dict(seconds_with_imports=time.perf_counter() - began) | json.loads(peaks.read_text())
 
 
+def while_training(work, precompute, precision):
+    """-> [facts of a training], without and with pictures, at batch 1 and at one that fills the budget.
+
+    precompute: its flags. Of the budget 0.9 GiB are left to CUDA itself, as a T4 would.
+    """
+    found = []
+    for prompts in ((), ("--validation_prompt", "a red house in the forest", "an old man at the sea")):
+        command(work, "data.precompute", "--output_dir", work / "run", *precompute, *prompts)
+        for batch in (1, 4):
+            run = work / f"batch-{batch}{'-pictures' * bool(prompts)}"
+            how = ("--output_dir", run, "--cache_dir", work / "run" / "cache", "--mixed_precision", precision)
+            how += ("--train_batch_size", batch, "--gradient_accumulation_steps", 1, "--use_8bit_adam")
+            how += ("--vram_gib", T4_GIB - 0.9, "--max_train_steps", 8, "--checkpointing_steps", 2)
+            printed, facts = command(work, "train", *how)
+            seconds = [json.loads(line)["s_per_step"] for line in open(run / "metrics.jsonl")]
+            pictures = len(list(run.glob("samples/*.png")))
+            said = [line for line in printed.splitlines() if line.startswith(("memory: ", "warning: "))]
+            facts |= dict(batch=batch, pictures=pictures, said=said, seconds_of_steps=seconds)
+            found.append(facts)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--toy", action="store_true", help="the small pipeline, few steps")
     parser.add_argument("--single", action="store_true", help="the model in one .safetensors file")
+    parser.add_argument("--pictures", action="store_true", help="pictures while training, and nothing else")
     parser.add_argument("--work", type=Path, help="where pipeline and runs go; default OUT/work")
     args = parser.parse_args()
     work = args.work or args.out / "work"
@@ -183,6 +209,11 @@ def main():
 
     run, common = work / "run", ("--output_dir", work / "run")
     how = ("--resolution", resolution, "--mixed_precision", precision)
+    if args.pictures:
+        results["trainings"] = while_training(work, (*what, *how), precision)
+        (args.out / "pictures.json").write_text(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1))
+        return
     printed, facts = command(work, "data.precompute", *common, *what, *how)
     results["precompute"] = facts | dict(seconds_of_pictures=float(re.search(r"pictures in ([\d.]+) s", printed)[1]))
     how = ("--max_train_steps", steps, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
