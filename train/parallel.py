@@ -65,7 +65,9 @@ class Ranks(Alone):
         try:
             dist.all_reduce(tensor, op)
         except RuntimeError as error:
-            raise MachineError(f"{self._gone()} ended; its own last lines say why ({str(error).splitlines()[0]})") from None
+            raise MachineError(
+                f"{self._gone()} ended; its own last lines say why ({str(error).splitlines()[0]})"
+            ) from None
         return tensor
 
     def _gone(self):

@@ -26,12 +26,17 @@ class Samples:
     memory  bytes of GPU memory that drawing takes, 0 without prompts
     """
 
-    def __init__(self, settings, folder, cache, base, vae, unet):
+    def __init__(self, settings, folder, cache, base, vae, unet, first=True):
         """settings: flags.Train. base, vae: the Models that the noise schedule and the decoder are from. unet: with the
-        adapters in it. Raises UserError when a prompt's row in the cache is damaged.
+        adapters in it. first: whether this is the first rank, which draws. Raises UserError when a prompt's row in the
+        cache is damaged.
         """
         self.settings, self.folder, self.base, self.vae, self.unet = settings, folder / "samples", base, vae, unet
-        self.resolution, self.prompts, self.warned = cache.manifest["resolution"], embedded(cache), False
+        self.resolution, self.prompts, self.warned = (
+            cache.manifest["resolution"],
+            embedded(cache) if first else [],
+            False,
+        )
         config = vae.component("vae").config() if self.prompts else None
         self.memory = memory(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
 
