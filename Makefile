@@ -4,6 +4,7 @@ PRESET ?= toy
 NAME   := $(basename $(notdir $(PRESET)))
 RUN    ?= runs/$(NAME)
 PYTHON ?= $(VENV)
+GPUS   ?=
 ARGS   ?=
 VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 
@@ -55,6 +56,7 @@ $(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, narut
   name a file of your own that ends in .mk, or set $(NAME).precompute, $(NAME).train and $(NAME).compare))
 
 CACHE_DIR = $(if $(CACHE),--cache_dir "$$CACHE")
+ON_GPUS   = $(PYTHON)$(if $(GPUS), -m torch.distributed.run --standalone --nproc_per_node $(GPUS))
 
 .PHONY: help setup precompute train compare publish check lint test test-all bench clean
 .NOTPARALLEL:
@@ -65,17 +67,18 @@ help:  ## this list
 	@echo
 	@echo "PRESET=toy (default), naruto, mine, or a file of your own, my.mk; RUN=folder (default runs/PRESET);"
 	@echo "CACHE=folder (default RUN/cache), for several runs on one cache; ARGS=\"more flags\" for one target;"
+	@echo "GPUS=2 runs precompute and train on two GPUs of this machine;"
 	@echo "PYTHON=python3 uses packages that are installed already instead of a new .venv."
 
 setup:  ## .venv with the pinned packages, around a torch that is there; the other targets do it when it is not there
 precompute:  ## pictures and captions -> the cache; again: only what is new
 precompute: setup
 	$($(NAME).before)
-	$(PYTHON) -m data.precompute --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).precompute) $(ARGS)
+	$(ON_GPUS) -m data.precompute --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).precompute) $(ARGS)
 
 train:  ## the cache -> RUN/lora.safetensors; again: goes on where it stopped
 train: setup
-	$(PYTHON) -m train --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).train) $(ARGS)
+	$(ON_GPUS) -m train --output_dir "$$RUN" $(CACHE_DIR) $($(NAME).train) $(ARGS)
 
 compare:  ## base against LoRA on the preset's prompts -> RUN/compare/grid.png
 compare: setup

@@ -43,7 +43,7 @@ def device():
         if not old:
             warnings.warn(words, stacklevel=2)
     if ranks.local_index() and has_nvidia() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        raise errors.UserError(f"rank {ranks.index()} has no GPU: start at most as many processes as there are GPUs")
+        raise errors.MachineError(f"rank {ranks.index()} has no GPU: start at most as many processes as there are GPUs")
     print("no GPU here: the CPU computes", file=sys.stderr, flush=True)
     return torch.device("cpu")
 

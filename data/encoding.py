@@ -83,16 +83,16 @@ class Todo:
         return sum(len(rows) for rows, _ in self.pictures)
 
 
-def encode_captions(draft, todo, device, stop):
+def encode_captions(draft, todo, crew, device, stop):
     """Encode the captions and validation prompts that are missing, and the unconditional embedding."""
     if not todo.texts():
         return
-    texts, long = draft.texts.load(device), []
+    texts, long = crew.load(draft.texts, device), []
     if todo.unconditional:
         draft.captions.write(1, unconditional(draft, texts))
     if len(todo.captions):
         with progress("captions", "caption", len(todo.captions)) as bar:
-            embeddings = captions_in_batches(draft, texts, todo.captions, stop, long)
+            embeddings = captions_in_batches(draft, crew, texts, todo.captions, stop, long)
             draft.captions.write(len(todo.captions), embeddings, bar.update)
     stop_if_asked(stop)
     if todo.prompts:
@@ -112,15 +112,15 @@ def encode_captions(draft, todo, device, stop):
     texts.unload()  # so that they and the VAE are never in memory together
 
 
-def encode_pictures(draft, todo, device, stop, pool, failed):
+def encode_pictures(draft, todo, crew, device, stop, pool, failed):
     """Encode the pictures that are missing, bucket by bucket. Those that cannot be used go to `failed`, by digest."""
     if not todo.images():
         return
-    vae = draft.vae.load(device)
+    vae = crew.load(draft.vae, device)
     with progress("pictures", "image", todo.images()) as bar:
         for bucket, posteriors, (rows, mirrored) in zip(draft.buckets, draft.posteriors, todo.pictures):
             pictures = decoded(draft, bucket, zip(rows, mirrored), pool, failed, bar)
-            encoded = posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar)
+            encoded = posteriors_in_batches(draft, crew, vae, bucket, pictures, stop, pool, failed, bar)
             posteriors.write(len(rows), encoded, bar.update)
             stop_if_asked(stop)
 
@@ -138,7 +138,7 @@ def unconditional(draft, texts):
     return texts.encode([(keys, [""])])
 
 
-def captions_in_batches(draft, texts, indices, stop, long):
+def captions_in_batches(draft, crew, texts, indices, stop, long):
     """Yield (keys, embeddings) of the captions at `indices`, until a signal stops it.
 
     Those that are longer than CLIP reads are put into the list `long`, each as (row, text).
@@ -152,7 +152,7 @@ def captions_in_batches(draft, texts, indices, stop, long):
             long.extend((row, text) for row, text in zip(rows, captions) if texts.truncated(text))
             yield draft.caption_keys[list(places)], list(captions)
 
-    for keys, embeddings in texts.encode(started()):
+    for keys, embeddings in crew.encode(texts, started(), stop):
         yield keys, embeddings.numpy()
 
 
@@ -181,7 +181,7 @@ def decoded(draft, bucket, pictures, pool, failed, bar):
             yield row, key, result
 
 
-def posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar):
+def posteriors_in_batches(draft, crew, vae, bucket, pictures, stop, pool, failed, bar):
     """Yield (keys, posteriors (B, 2, 4, h, w) fp16) of the (row, key, pixels) `pictures`, until a signal stops it."""
     at_once = min(PICTURES_AT_ONCE, max(1, BYTES_AT_ONCE // (bucket[0] * bucket[1] * vae.dtype.itemsize)))
 
@@ -195,7 +195,7 @@ def posteriors_in_batches(draft, vae, bucket, pictures, stop, pool, failed, bar)
                 return
             yield batch
 
-    for (rows, keys), posteriors in vae.encode(stacked()):
+    for (rows, keys), posteriors in crew.encode(vae, stacked(), stop):
         posteriors = posteriors.numpy()
         finite = np.isfinite(posteriors).all(axis=(1, 2, 3, 4))
         for i in np.flatnonzero(~finite):

@@ -8,11 +8,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data import buckets, check
+from data import buckets, check, parallel
 from data.cache import (
     INDEX,
     VERSION,
@@ -26,7 +27,7 @@ from data.cache import (
     told_apart,
     write_index,
 )
-from data.common import disk, door, errors, safe
+from data.common import disk, door, errors, ranks, safe
 from data.common.flags import parse
 from data.common.words import many
 from data.dataset import open_examples
@@ -49,17 +50,20 @@ def main(argv):
         raise errors.UserError(f"--resolution {settings.resolution}: must be a multiple of {buckets.STEP}")
     if len(settings.validation_prompt) > PROMPTS:
         raise errors.UserError(f"--validation_prompt: {len(settings.validation_prompt)} prompts; {PROMPTS} at most")
+    if ranks.index():
+        sys.exit(parallel.serve(partial(compute_on, settings)))
     flag = "--cache_dir" if settings.cache_dir else "--output_dir"
     folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache")
     held = contextlib.nullcontext() if settings.explain else door.hold(folder, flag, WRITES, ".writer")
-    with held, without_pillows_limit(), ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
+    workers = ThreadPoolExecutor(min(32, os.cpu_count()))
+    with parallel.first() as crew, held, without_pillows_limit(), workers as pool:
         try:
-            precompute(settings, folder, pool)
+            precompute(settings, folder, crew, pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def precompute(settings, folder, pool):
+def precompute(settings, folder, crew, pool):
     """Bring the cache in `folder` to what the settings ask for: see what is missing, say so, encode it, commit."""
     device = compute_on(settings) if may_download(settings, folder) else None
     skipped, failed = Skipped(settings.skip_bad), Skipped(settings.skip_bad)  # rows; pictures, by their digest
@@ -83,9 +87,9 @@ def precompute(settings, folder, pool):
     with door.changing(folder, harmless=lambda: only_adds(draft, todo)):
         stop = safe.Signals()  # from here on there is something to save when a signal comes
         began = time.perf_counter()
-        encode_captions(draft, todo, device, stop)
+        encode_captions(draft, todo, crew, device, stop)
         between = time.perf_counter()
-        encode_pictures(draft, todo, device, stop, pool, failed)
+        encode_pictures(draft, todo, crew, device, stop, pool, failed)
         ended = time.perf_counter()
         left_out = commit(draft, skipped, failed)
     print(

@@ -76,7 +76,8 @@ def _leave(stderr, signum, _frame):
 
     An exception instead would make C++ code that is being imported call abort().
     """
-    stderr.say("error: interrupted; run the same command to go on")
+    if not ranks.local_index():
+        stderr.say("error: interrupted; run the same command to go on")
     os._exit(128 + _as_sigterm(signum))
 
 
@@ -106,6 +107,6 @@ class Signals:
         if signum == _as_sigterm(signum):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if not again:
+        if not again and not ranks.local_index():
             name = signal.Signals(signum).name
             streams.Output(2).say(f"\n{name}: finishing this step and saving; once more ends at once")
