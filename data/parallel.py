@@ -51,9 +51,7 @@ class First(Alone):
         return described.load(device)
 
     def encode(self, encoder, batches, stop):
-        dealt = (
-            collections.deque()
-        )  # of each batch without rows: its tag, and the other rank's promise of them, or None
+        dealt = collections.deque()  # of each batch without rows: its tag, and another rank's promise of them, or None
 
         def own():
             for other, (tag, batch) in zip(itertools.cycle([*self.others, None]), batches):
