@@ -120,6 +120,11 @@ def test_torchrun_itself(cached, tmp_path):
     torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "train")
     output = command(*torchrun, "--output_dir", run, *TRAIN, "--max_train_steps", 4)
     assert "a step on 2 GPUs" in output and (run / "state" / "000004.state").exists()
+    process = start(*torchrun, "--output_dir", run, *TRAIN, "--max_train_steps", 4000)
+    when(lambda: lines(run / "metrics.jsonl") >= 6, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert "saved; run the same command to go on" in output and process.returncode != 0
     process = start(*torchrun, "--output_dir", run, *TRAIN, "--gradient_accumulation_steps", 3)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 1 and output.count("error: --gradient_accumulation_steps 3") == 1

@@ -42,10 +42,11 @@ class Alone:
 class Ranks(Alone):
     """One of several processes."""
 
-    def __init__(self):
+    def __init__(self, device):
         self.index, self.count = dist.get_rank(), dist.get_world_size()
         self.processes = [None] * self.count  # (host, pid) of each
         dist.all_gather_object(self.processes, (socket.gethostname(), os.getpid()))
+        self._sum(torch.zeros(1, device=device))  # takes the memory that sums need before it is planned what is left
 
     def from_first(self, value):
         values = [value]
@@ -95,4 +96,4 @@ def join(device):
         return Alone()
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backends, timeout=PATIENCE)
-    return Ranks()
+    return Ranks(device)
