@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import PIPELINE, ROOT, TOKEN, lines
