@@ -34,6 +34,9 @@ class Alone:
         """Replace the gradient (in place) by the sum of all ranks' -> the sum of their losses."""
         return loss
 
+    def leave(self):
+        """Say goodbye after the last step, or the others' libraries would warn of it."""
+
     def agree(self, signal):
         """A signal that any rank received, the same on all of them; None where none did."""
         return signal
@@ -61,6 +64,9 @@ class Ranks(Alone):
 
     def agree(self, signal):
         return int(self._sum(torch.tensor(signal or 0), dist.ReduceOp.MAX)) or None
+
+    def leave(self):
+        dist.destroy_process_group()
 
     def _sum(self, tensor, op=dist.ReduceOp.SUM):
         try:
