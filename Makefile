@@ -13,7 +13,7 @@ VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 # A small SDXL that lies in this repository, and pictures that are drawn here: CPU, offline, two minutes.
 toy.before     = $(PYTHON) -m data.toy.draw "$$RUN/pictures"
 toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no \
-                 --validation_fraction 0.1
+                 --validation_fraction 0.06
 toy.train      = --rank 16 --train_batch_size 8 --gradient_accumulation_steps 1 --max_train_steps 250 --learning_rate 4e-3 \
                  --lr_scheduler cosine --lr_warmup_steps 20 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
 toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \

@@ -49,7 +49,7 @@ class Setup:
         return self
 
     def save(self, folder, step, **changes):
-        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN, BEST)
+        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN, BEST, 1)
 
     def load(self, folder, **changes):
         return restore(read_state(folder, IDENTITY | changes), self.adapters, self.optimizer, self.scaler)

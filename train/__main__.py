@@ -38,7 +38,8 @@ def main(argv):
                     same_run.check_at_the_door(run, settings, manifest)
                 something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
-                repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
+                publishes = settings.push_to_hub and first
+                repository = ask(settings.hub_model_id, settings.private) if publishes else None
                 # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
                 with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train

@@ -81,6 +81,7 @@ def train(settings, folder):
                 raise Stopped(signal, announce.stopped(run, done))
         writer.export("lora")
     announce.after(run, writer.seconds())
+    run.ranks.leave()
 
 
 def micro_step(run, **batch):

@@ -34,6 +34,9 @@ class Alone:
         """Replace the gradient (in place) by the sum of all ranks' -> the sum of their losses."""
         return loss
 
+    def leave(self):
+        """Say goodbye after the last step, or the others' libraries would warn of it."""
+
     def agree(self, signal):
         """A signal that any rank received, the same on all of them; None where none did."""
         return signal
@@ -42,10 +45,11 @@ class Alone:
 class Ranks(Alone):
     """One of several processes."""
 
-    def __init__(self):
+    def __init__(self, device):
         self.index, self.count = dist.get_rank(), dist.get_world_size()
         self.processes = [None] * self.count  # (host, pid) of each
         dist.all_gather_object(self.processes, (socket.gethostname(), os.getpid()))
+        self._sum(torch.zeros(1, device=device))  # takes the memory that sums need before it is planned what is left
 
     def from_first(self, value):
         values = [value]
@@ -60,6 +64,9 @@ class Ranks(Alone):
 
     def agree(self, signal):
         return int(self._sum(torch.tensor(signal or 0), dist.ReduceOp.MAX)) or None
+
+    def leave(self):
+        dist.destroy_process_group()
 
     def _sum(self, tensor, op=dist.ReduceOp.SUM):
         try:
@@ -95,4 +102,4 @@ def join(device):
         return Alone()
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backends, timeout=PATIENCE)
-    return Ranks()
+    return Ranks(device)

@@ -43,8 +43,8 @@ class Samples:
     def draw(self, done, stop):
         """The pictures after `done` steps, where it is time for them -> {prompt's index and words: picture (PIL)}
 
-        stop: safe.Signals; a signal ends it after the picture that is under way. Where the memory is too small or a
-        picture's numbers are not finite, the first time is said in one line, and the run goes on.
+        stop: safe.Signals; a signal ends it after the sampler's step that is under way. Where the memory is too small,
+        or a picture's numbers are not finite, the first time is said in one line, and the run goes on.
         """
         pictures = {}
         if not self.prompts or not due(self.settings, done) or stop.received:
@@ -76,10 +76,10 @@ class Samples:
         side = self.resolution // factor
         steps = min(Infer.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
         for i, (prompt, embeddings) in enumerate(self.prompts):
-            if stop.received:
-                return
             latents = noise(Infer.seed, prompt, (self.unet.config.in_channels, side, side))
-            picture = sample(pipeline, embeddings, latents, steps, Infer.guidance_scale)
+            picture = sample(pipeline, embeddings, latents, steps, Infer.guidance_scale, lambda: bool(stop.received))
+            if picture is None:
+                return
             write_png(picture, self.folder / f"{step}_{i}.png")
             pictures[f"{i} {shortened(prompt)}"] = picture
 

@@ -1,7 +1,7 @@
 """Which of the processes that torchrun started for one command this is. One that was started without it is alone.
 
-torchrun's words: a rank is one process, with a GPU of its own; a world is all of them, on one host or several. The first
-rank holds the folder, writes and speaks.
+torchrun's words: a rank is one process, with a GPU of its own; the world is all of them, on one host or several. The
+first rank holds the folder, writes and speaks.
 """
 
 import os
