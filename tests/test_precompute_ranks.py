@@ -79,7 +79,7 @@ def rows_of(run):
 
 
 def test_ranks_write_the_bytes_of_one(source, tmp_path, small_batches, told_by):
-    """In buckets, with mirror images, a long caption, tags in several orders and a prompt; and each rank does its share."""
+    """In buckets, with mirror images, a long caption, several orders of tags, a prompt; and each rank has its share."""
     shapes = [(64, 96), (96, 64), (80, 80)]
     for i in range(PICTURES):
         with Image.open(source / f"{i:03d}.png") as image:
