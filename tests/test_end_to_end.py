@@ -169,6 +169,7 @@ BENCHMARKS = {
     "precompute": ["--toy"],
     "full_size": ["--toy", "--single"],
     "job": ["--toy"],
+    "ranks": ["--toy"],
     "many_rows": ["--rows", 10, 30],
     "contact_sheet": [],
 }
