@@ -114,11 +114,12 @@ lint: setup-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-bench:  ## a training step, precompute and a whole job, at SDXL's size on a GPU -> runs/bench/*.json
+bench:  ## a step, precompute, a whole job and two GPUs, at SDXL's size -> runs/bench/*.json
 bench: setup-dev
 	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.step runs/bench
 	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.precompute runs/bench
 	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.job runs/bench
+	HF_HUB_OFFLINE=1 $(PYTHON) -m tests.bench.ranks runs/bench
 
 clean:  ## remove .venv and the toy's run
 	rm -rf .venv runs/toy .pytest_cache

@@ -19,11 +19,12 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+from data import check
 from data.common import ranks, safe
 from data.common.errors import MachineError, UserError
 
 PATIENCE = timedelta(days=1)  # of ranks that wait while the first one looks at all pictures
-FIRST = 0
+FIRST, CPU = 0, "cpu"
 
 
 class Alone:
@@ -178,7 +179,7 @@ def send(index, what, value=None):
 
     tensor = isinstance(value, torch.Tensor)
     with naming(index):
-        dist.send_object_list([(what, tensor, (value.shape, value.dtype) if tensor else value)], index)
+        dist.send_object_list([(what, tensor, (value.shape, value.dtype) if tensor else value)], index, device=CPU)
         if tensor:
             dist.send(value, index)
 
@@ -190,7 +191,7 @@ def receive(index):
 
     box = [None]
     with naming(index):
-        dist.recv_object_list(box, index)
+        dist.recv_object_list(box, index, device=CPU)
     what, tensor, value = box[0]
     if tensor:
         shape, dtype = value
@@ -213,4 +214,5 @@ def _join():
     """Wait until all that torchrun started are there."""
     import torch.distributed as dist
 
+    check.own_gpu()  # before anything can look for GPUs
     dist.init_process_group("gloo", timeout=PATIENCE)

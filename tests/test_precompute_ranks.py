@@ -33,6 +33,7 @@ class Ranks:
     def _be(self, index, count, port):
         words = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in words.items()})
+        check.own_gpu.cache_clear()  # what it saw here holds for this process alone
 
     def wait(self, seconds=120):
         """-> exit codes"""
@@ -136,6 +137,20 @@ def test_the_first_rank_alone_explains_and_finds_nothing_to_do(cached, pictures,
         assert f"0 of {PICTURES} rows to encode: nothing changed" in said
     Ranks(tmp_path / "other", pictures, "--explain").succeed()
     assert not (tmp_path / "other").exists()
+
+
+def test_each_rank_sees_its_own_gpu_before_torch_can_look(pictures, tmp_path, monkeypatch):
+    """What CUDA saw at its first call it sees for ever, so that both would share the first GPU."""
+    real = torch.distributed.init_process_group
+
+    def join(*args, **kwargs):
+        (tmp_path / os.environ["RANK"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        real(*args, **kwargs)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    Ranks(tmp_path / "run", pictures, "--explain").succeed()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3", "5"]
 
 
 def test_what_is_wrong_with_the_command_is_said_once(source, tmp_path):

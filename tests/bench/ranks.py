@@ -38,12 +38,15 @@ def command(count, module, *flags):
     return printed, time.perf_counter() - began
 
 
-def precompute(work, what, few, many, gpus):
-    """-> {"1": {images_per_s, captions_per_s, seconds}, ...}: of one GPU, then of several."""
-    found = {}
+def precompute(work, what, counts, gpus):
+    """-> {1: {images_per_s, captions_per_s, seconds}, ...}: of one GPU, then of several.
+
+    counts: the pictures of each run; the last two are compared, what comes before warms up.
+    """
+    found, (few, many) = {}, counts[-2:]
     for count in (1, gpus):
         took = {}
-        for run, pictures in enumerate((few, few, many)):  # the first one warms up
+        for run, pictures in enumerate(counts):
             folder = work / f"precompute-{count}-{run}"
             printed, whole = command(
                 count, "data.precompute", "--output_dir", folder, "--train_data_dir", work / str(pictures), *what
@@ -58,17 +61,16 @@ def precompute(work, what, few, many, gpus):
     return found
 
 
-def training(work, cache, how, gpus, steps):
-    """-> {"1": {s_per_step, all, peak_gib}, ...}: medians of each run's second half; the runs take turns."""
+def training(work, cache, how, gpus, steps, turns):
+    """-> {1: {s_per_step, all, peak_gib}, ...}: medians of each run's second half; the runs take turns."""
     found = {count: dict(all=[]) for count in (1, gpus)}
-    for turn in range(2):
-        for count in (1, gpus):
-            run = work / f"train-{count}-{turn}"
-            flags = ("--output_dir", run, "--cache_dir", cache, "--gradient_accumulation_steps", SLOTS)
-            command(count, "train", *flags, "--max_train_steps", steps, "--checkpointing_steps", steps, *how)
-            lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
-            found[count]["all"].append([line["s_per_step"] for line in lines[:-1]])  # the last one ends with a save
-            found[count]["peak_gib"] = lines[-1]["peak_gib"]
+    for turn, count in enumerate((1, gpus) * turns):
+        run = work / f"train-{count}-{turn}"
+        flags = ("--output_dir", run, "--cache_dir", cache, "--gradient_accumulation_steps", SLOTS)
+        command(count, "train", *flags, "--max_train_steps", steps, "--checkpointing_steps", steps, *how)
+        lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
+        found[count]["all"].append([line["s_per_step"] for line in lines[:-1]])  # the last one ends with a save
+        found[count]["peak_gib"] = lines[-1]["peak_gib"]
     for facts in found.values():
         facts["s_per_step"] = statistics.median(s for one in facts["all"] for s in one[len(one) // 2 :])
     found["times"] = found[1]["s_per_step"] / found[gpus]["s_per_step"]
@@ -121,17 +123,21 @@ def on_paper(micro_step, sums):
 
 def bench(args):
     """All of it, written to OUT/ranks.json part by part."""
+    if torch.cuda.device_count() < args.gpus and not args.toy:
+        print(f"ranks: this machine has {torch.cuda.device_count()} GPUs, {args.gpus} are compared")
+        return
     work = args.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     if args.toy:
-        pipeline, (few, many), side, precision, rank, steps = TOY, (4, 12), 128, "no", 4, 4
+        pipeline, counts, side, precision, rank, steps = TOY, (4, 12), 128, "no", 4, 4
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     else:
-        pipeline, (few, many), side, precision, rank, steps = work / "pipeline", args.pictures, 1024, "fp16", 32, 24
+        counts = args.pictures[:1] + args.pictures
+        pipeline, side, precision, rank, steps = work / "pipeline", 1024, "fp16", 32, 24
         make_pipeline(pipeline, "cuda")
         torch.cuda.empty_cache()
-    for count in (few, many):
+    for count in set(counts):
         make_pictures(work / str(count), count, side)
     os.sync()  # else the disk would still write them when precompute wants it
 
@@ -145,10 +151,10 @@ def bench(args):
     command(args.gpus, "tests.bench.ranks", work / "sums.json", "--all_reduce")
     keep("all_reduce", json.loads((work / "sums.json").read_text()))
     what = ("--pretrained_model_name_or_path", pipeline, "--resolution", side, "--mixed_precision", precision)
-    keep("precompute", precompute(work, what, few, many, args.gpus))
+    keep("precompute", precompute(work, what, counts, args.gpus))
     how = ("--rank", rank, "--train_batch_size", 1, "--use_8bit_adam", "--mixed_precision", precision)
-    cache = work / "precompute-1-2" / "cache"
-    keep("training", training(work, cache, how, args.gpus, steps))
+    cache = work / f"precompute-1-{len(counts) - 1}" / "cache"
+    keep("training", training(work, cache, how, args.gpus, steps, 1 if args.toy else 2))
     keep("on_paper", on_paper(results["training"][1]["s_per_step"] / SLOTS, results["all_reduce"]))
     shutil.rmtree(work)
     print(json.dumps(results, indent=1))
@@ -159,7 +165,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--toy", action="store_true", help="the small pipeline, few pictures and steps")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--pictures", type=int, nargs=2, default=(64, 1600), help="few and many")
+    parser.add_argument("--pictures", type=int, nargs=2, default=[64, 1600], help="few and many")
     parser.add_argument("--all_reduce", action="store_true", help="what this program starts for itself")
     args = parser.parse_args()
     if args.all_reduce:
