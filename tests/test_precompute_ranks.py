@@ -237,3 +237,21 @@ def test_torchrun_itself(cached, pictures, tmp_path):
     said = command("torch.distributed.run", *argv, "--train_data_dir", pictures, *PRECOMPUTE)
     assert said.count(f"{PICTURES} of {PICTURES} rows encoded: ") == 1
     assert content(tmp_path / "run") == content(cached)
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """This process is the second of two on a machine whose GPUs nobody has seen yet."""
+    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0").items():
+        monkeypatch.setenv(name, value)
+    check.own_gpu.cache_clear()
+    yield
+    check.own_gpu.cache_clear()
+
+
+def test_more_ranks_than_gpus(second_rank, monkeypatch):
+    """Not a rank that computes on the CPU, which the others would wait for. Exit code 3 is said by whoever ends so."""
+    monkeypatch.setattr(check, "has_nvidia", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="^rank 1 has no GPU: start at most as many processes as there are GPUs"):
+        check.device()
