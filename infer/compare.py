@@ -26,6 +26,7 @@ from data.progress import progress
 from infer.grid import grid
 from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample, write_png
+from infer.told import without_places
 from lora import files
 from lora.attention import fuse_projections
 from lora.inject import take_out
@@ -88,7 +89,7 @@ def compare(settings, run, loras, command):
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         resolution=[side * pipeline.vae_scale_factor] * 2,
-        command=command,
+        command=without_places(command, run),
         rows=rows,
         lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),  # of the first LoRA, as is the next
         mean_pixel_change=rows[1]["mean_pixel_change"],

@@ -1,6 +1,6 @@
 """RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is.
 
-python -m train.metrics RUN … draws the curves of what stands there (train/curves.py).
+python -m train.metrics RUN … draws the curves of what stands there (train/plot.py).
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from data.common import safe, system
 from data.common.disk import atomic_write, naming
 from data.progress import progress
-from train import curves
+from train import plot
 
 
 class Metrics:
@@ -108,4 +108,4 @@ def peak_gib(device):
 
 
 if __name__ == "__main__":
-    safe.run(curves.main, sys.argv[1:])
+    safe.run(plot.main, sys.argv[1:])
