@@ -4,7 +4,6 @@ A picture is a function of the model, the seed, the prompt, the LoRA and its sca
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +25,12 @@ from data.progress import progress
 from infer.grid import grid
 from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample, write_png
-from infer.told import without_places
+from infer.told import PICTURE, without_places
 from lora import files
 from lora.attention import fuse_projections
 from lora.inject import take_out
 
 UNRELATED = "without the concept: what changes here has leaked"
-PICTURE = re.compile(r"(baseline|finetuned(-[2-9]|-[1-9][0-9]+)?)_(0|[1-9][0-9]*)\.png")
 
 
 def compare(settings, run, loras, command):

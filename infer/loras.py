@@ -10,7 +10,7 @@ from data.common.disk import sha256_file
 from data.common.errors import UserError, one_line
 from lora.contents import Contents, look
 
-_SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
+SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
 _MARKS = {"lora-best.safetensors": "best", "lora.safetensors": "final"}  # of a run as well, behind its saves
 
 
@@ -61,7 +61,7 @@ def find(paths):
 
 def _told(contents):
     name = contents.path.name
-    if save := _SAVE.fullmatch(name):
+    if save := SAVE.fullmatch(name):
         return Lora(contents, (), int(save[1]))
     return Lora(contents, (_MARKS.get(name) or one_line(contents.path.stem),))
 

@@ -24,18 +24,17 @@ from data.common.flags import parse
 from data.common.words import many
 from infer import told
 from infer.card import Facts, card
+from infer.loras import SAVE
 from lora.contents import look
 
 SECONDS = 120  # that the hub may take for an answer
 SAMPLES = 4  # pictures of the training's end
 # What may lie in a repository because an earlier call put it there, and goes when the run has it no more.
-OURS = re.compile(
-    r"lora-best\.safetensors|compare/(grid\.png|report\.html|(baseline|finetuned)(-\d+)?_\d+\.png)|samples/\d+_\d+\.png"
-)
-PICTURE = re.compile(r"(baseline|finetuned)(-\d+)?_\d+\.png")
-SAVE = re.compile(r"lora-(\d{6,})\.safetensors")
-HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors
 SAMPLE = re.compile(r"(\d{6,})_(\d+)\.png")
+OURS = re.compile(
+    rf"lora-best\.safetensors|compare/(grid\.png|report\.html|{told.PICTURE.pattern})|samples/{SAMPLE.pattern}"
+)
+HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -130,7 +129,7 @@ def contents(run, repository):
     digests = {path.name: sha256_file(path) for path in weights}
     if report := report_of(run, digests.values()):
         folder = run / "compare"
-        names = [name for row in report["rows"] for name in row["pictures"] if PICTURE.fullmatch(name)]
+        names = [name for row in report["rows"] for name in row["pictures"] if told.PICTURE.fullmatch(name)]
         files |= {f"compare/{name}": _png(folder / name) for name in [*names, "grid.png"]}
         if os.path.lexists(folder / "report.html"):
             files |= _page(folder / "report.html", run)
@@ -187,11 +186,9 @@ def report_of(run, digests):
 
 def last_samples(folder):
     """Paths of the first pictures that were drawn at the training's last save."""
-    found = [
-        (int(name[1]), int(name[2]), path) for path in folder.glob("*.png") if (name := SAMPLE.fullmatch(path.name))
-    ]
-    last = max((step for step, _, _ in found), default=None)
-    return [path for step, _, path in sorted(found) if step == last][:SAMPLES]
+    named = [(name, path) for path in folder.glob("*.png") if (name := SAMPLE.fullmatch(path.name))]
+    found = sorted((int(name[1]), int(name[2]), path) for name, path in named)
+    return [path for step, _, path in found if step == found[-1][0]][:SAMPLES]
 
 
 def _content(path):

@@ -5,6 +5,7 @@ None of it is a place on this machine, which helps nobody else and often tells a
 
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,8 @@ from train.curves import flat, is_number, read
 
 # Settings that are places, or that say nothing about what was learned.
 NOT_TOLD = {"output_dir", "cache_dir", "network_weights", "restart", "push_to_hub", "hub_model_id", "private"}
+# Of a comparison: as it names them, and no file that somebody else put beside them.
+PICTURE = re.compile(r"(baseline|finetuned(-[2-9]|-[1-9][0-9]+)?)_(0|[1-9][0-9]*)\.png")
 NEEDED = ("difference", "standard_error", "base_loss", "train_difference", "train_standard_error", "pictures")
 
 
@@ -38,7 +41,7 @@ class Training:
 def training(run):
     """The Training of a run's folder; None where there was none."""
     began = read_began(run)
-    return began and Training(began["identity"], read(run), (run / "lora-best.safetensors").exists())
+    return began and Training(began["identity"], read(run / "metrics.jsonl"), (run / "lora-best.safetensors").exists())
 
 
 def settings(training):

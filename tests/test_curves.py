@@ -14,9 +14,13 @@ from conftest import ROOT, Forked, command, here, one_line_error
 from PIL import Image
 
 from data.common.errors import UserError
-from train import plot
-from train.curves import MAIN, Axis, panels, read, running_mean, series, thinned, words
+from train import curves, plot
+from train.curves import MAIN, Axis, panels, running_mean, series, thinned, words
 from train.plot import names, picture
+
+
+def read(run):
+    return curves.read(run / "metrics.jsonl")
 
 
 def write(run, steps, more=lambda step: {}, end=""):

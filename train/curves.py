@@ -8,7 +8,6 @@ import json
 import math
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 from data.common.disk import naming
 from data.common.flags import FP32, MOST
@@ -22,12 +21,12 @@ FAINT, OTHER, MAIN = LOOKS = "faint", "other", "main"  # a mean's single values,
 # ---- Reading
 
 
-def read(run):
-    """-> the lines of RUN/metrics.jsonl, {name: value} each, by step; [] where there is no such file.
+def read(path):
+    """-> the lines of a metrics.jsonl, {name: value} each, by step; [] where there is no such file.
 
     Lines that are not whole (a run that trains is writing one) or are none of a training's are left out.
     """
-    path, found = Path(run) / "metrics.jsonl", {}
+    found = {}
     if not path.exists():
         return []
     with naming(path), open(path, encoding="utf-8", errors="replace") as file:

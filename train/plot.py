@@ -26,7 +26,7 @@ def main(argv):
     found = []
     for run in runs:
         look_at(run / "metrics.jsonl", "file")
-        found.append(series(read(run)))
+        found.append(series(read(run / "metrics.jsonl")))
         if not found[-1]:
             raise UserError(f"{run}: no step in its metrics.jsonl, which python -m train writes; name a run's folder")
     look_at(output, "file", write=True)
