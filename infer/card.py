@@ -13,17 +13,10 @@ from data.common.words import many
 from infer import told
 from lora.contents import Contents
 
-TAGS = [
-    "text-to-image",
-    "diffusers",
-    "lora",
-    "template:sd-lora",
-    "stable-diffusion-xl",
-    "stable-diffusion-xl-diffusers",
-]
-LICENSES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++"
-}  # a LoRA is bound to its base's; others: not known
+TAGS = ["text-to-image", "diffusers", "lora", "template:sd-lora"]
+TAGS += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
+# A LoRA is bound to its base's; others are not known here.
+LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,8 @@ def _in_folder(folder):
             print(f"left out: {error}")
     if not loras:
         raise UserError(f"{folder}: a folder without a LoRA that can be loaded; name another, or a .safetensors file")
-    order = list(_MARKS)
-    return sorted(  # saves, the best, the final one, others
-        loras, key=lambda l: (l.step is None, l.step or (order.index(l.path.name) if l.path.name in order else 2))
-    )
+    # Saves, the best, the final one, others; two that are alike here stay in the order of their names.
+    return sorted(loras, key=lambda lora: (lora.step is None, lora.step or 0, lora.path.name not in _MARKS))
 
 
 def _told_apart(loras):

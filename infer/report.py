@@ -16,6 +16,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from string import Template
 
 from PIL import Image
@@ -94,13 +95,12 @@ def _embedded(folder, names):
         found = {name: _embed(folder / name, side) for name in dict.fromkeys(names)}
         if sum(len(uri) for uri, _, _ in found.values()) <= BOUND * 4 // 3:
             break
-    note = "The pictures in this page are WebP of quality 90 where the PNG files beside it are large."
+    note = "WebP of quality 90 where the PNG files beside it are large"
     if any(max(size) > side for _, *size in found.values()):
-        note = f"The pictures in this page were made smaller, {side} pixels a side, and are WebP of quality 90; "
-        note += "the PNG files beside it have their full size."
+        note = f"WebP of quality 90, made smaller, {side} pixels a side; the PNG files beside it have their full size"
     elif all(uri.startswith("data:image/png") for uri, _, _ in found.values()):
-        note = "The pictures in this page are the PNG files beside it, bit for bit."
-    return found, note
+        note = "the PNG files beside it, bit for bit"
+    return found, f"The pictures in this page are {note}."
 
 
 def _embed(path, side):
@@ -121,25 +121,22 @@ def _grids(report, pictures):
     rows, prompts = report["rows"], report["prompts"]
     unrelated = report.get("unrelated_prompts") or []
     columns = max(len(prompts), len(unrelated), min(len(rows), 5))  # many rows: smaller, so that more are in sight
-    yield _section("Pictures", _intro(rows), _grid(prompts, 0, rows, pictures, columns))
+    intro = (
+        f"Every prompt from the same noise: {', '.join(row['label'] for row in rows)}. "
+        "Choose a picture to see it at full size, and to flip between them in place."
+    )
+    yield _section("Pictures", intro, _grid(prompts, 0, rows, pictures, columns))
     if unrelated:
         leaked = "These prompts do not name what was trained: what changes here has leaked."
         changes = [
-            f"{row['label']} {words(_mean(row['mean_pixel_change'][len(prompts) :]))} "
-            f"(with the concept {words(_mean(row['mean_pixel_change'][: len(prompts)]))})"
+            f"{row['label']} {words(fmean(row['mean_pixel_change'][len(prompts) :]))} "
+            f"(with the concept {words(fmean(row['mean_pixel_change'][: len(prompts)]))})"
             for row in rows
             if row["mean_pixel_change"]
         ]
         if changes:
             leaked += f" Mean change of a pixel against the base, of 255: {'; '.join(changes)}."
         yield _section("Without the concept", leaked, _grid(unrelated, len(prompts), rows, pictures, columns))
-
-
-def _intro(rows):
-    return (
-        f"Every prompt from the same noise: {', '.join(row['label'] for row in rows)}. "
-        "Choose a picture to see it at full size, and to flip between them in place."
-    )
 
 
 def _grid(prompts, first, rows, pictures, wide):
@@ -297,7 +294,3 @@ def _table(head, body):
     ]
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head)))
     return tag("div", tag("table", head, tag("tbody", *rows)), class_="wide", tabindex=0)
-
-
-def _mean(values):
-    return sum(values) / len(values)

@@ -31,20 +31,12 @@ def main(argv):
             raise UserError(f"{run}: no step in its metrics.jsonl, which python -m train writes; name a run's folder")
     look_at(output, "file", write=True)
 
-    for line in in_characters(names(runs), found, _takes(sys.stdout, "⣿─±"), sys.stdout.isatty()):
+    unicode = "utf" in (sys.stdout.encoding or "").lower()  # another stream may not have the characters
+    for line in in_characters(names(runs), found, unicode, sys.stdout.isatty()):
         print(line)
     with atomic_write(output) as file:
         picture(names(runs), found).save(file, "PNG")
     print(output)
-
-
-def _takes(stream, characters):
-    """Whether a stream's encoding has these characters."""
-    try:
-        characters.encode(stream.encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def names(runs):
