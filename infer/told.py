@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from data.cache import read_began
@@ -31,7 +32,7 @@ class Training:
     lines: list = ()
     has_best: bool = False
 
-    @property
+    @cached_property
     def held_out(self):
         """[(step, what was measured on held-out pictures)], where all of NEEDED is finite."""
         needed = {f"held_out/{name}" for name in NEEDED}

@@ -375,6 +375,7 @@ def test_the_command_that_trains_the_same(trained):
         words = shlex.split(train_command(Training(stored), "it's").replace("\\\n", " "))
         assert words[:3] == ["python", "-m", "train"]
         assert flags.parse("train", words[3:]) == wanted
+        assert not {"--max_train_steps", "--num_train_epochs"} <= set(words)
 
 
 def test_no_setting_that_is_told_is_a_free_text():
