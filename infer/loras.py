@@ -10,7 +10,7 @@ from data.common.disk import sha256_file
 from data.common.errors import UserError, one_line
 from lora.contents import Contents, look
 
-_SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
+SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
 _MARKS = {"lora-best.safetensors": "best", "lora.safetensors": "final"}  # of a run as well, behind its saves
 
 
@@ -61,7 +61,7 @@ def find(paths):
 
 def _told(contents):
     name = contents.path.name
-    if save := _SAVE.fullmatch(name):
+    if save := SAVE.fullmatch(name):
         return Lora(contents, (), int(save[1]))
     return Lora(contents, (_MARKS.get(name) or one_line(contents.path.stem),))
 
@@ -76,10 +76,8 @@ def _in_folder(folder):
             print(f"left out: {error}")
     if not loras:
         raise UserError(f"{folder}: a folder without a LoRA that can be loaded; name another, or a .safetensors file")
-    order = list(_MARKS)
-    return sorted(  # saves, the best, the final one, others
-        loras, key=lambda l: (l.step is None, l.step or (order.index(l.path.name) if l.path.name in order else 2))
-    )
+    # Saves, the best, the final one, others; two that are alike here stay in the order of their names.
+    return sorted(loras, key=lambda lora: (lora.step is None, lora.step or 0, lora.path.name not in _MARKS))
 
 
 def _told_apart(loras):

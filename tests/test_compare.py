@@ -155,7 +155,7 @@ def test_the_report_tells_of_every_row(run, trained, wide, capsys):
     assert told["prompts"] == [PROMPTS[0]] and told["unrelated_prompts"] == ["a car", "a dog"]
     assert told["resolution"] == [64, 64]
     assert told["command"].startswith(
-        f"python -m infer --output_dir {trained} --prompt 'a red fox in the forest' --num"
+        "python -m infer --output_dir runs/small --prompt 'a red fox in the forest' --num"
     )
     assert [row["label"] for row in told["rows"]] == ["base", "wide × 0.5", "wide × 1"]
     base, *rows = told["rows"]

@@ -1,6 +1,6 @@
 """RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is.
 
-python -m train.metrics RUN … draws the curves of what stands there (train/curves.py).
+python -m train.metrics RUN … draws the curves of what stands there (train/plot.py).
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from data.common import safe, system
 from data.common.disk import atomic_write, naming
 from data.progress import progress
-from train import curves
+from train import curves, plot
 
 
 class Metrics:
@@ -24,9 +24,9 @@ class Metrics:
     def __init__(self, path, step, steps, device, trackers):
         self.device, self.path, self.trackers = device, path, trackers
         if path.exists():  # lines past the state that the run goes on from would stand there twice
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            lines = [line for line in curves.read(path) if line["step"] <= step]
             with atomic_write(path, "w") as file:
-                file.writelines(line for line in lines if _step(line) <= step)
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         self.file = open(path, "a", encoding="utf-8", newline="\n")
         self.bar = progress("train", "step", steps, done=step)
         self.began = self.time = time.perf_counter()
@@ -90,14 +90,6 @@ def _strict(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(line):
-    """The step of a line; infinite for one that a killed writer left half written, or that somebody else wrote."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
 def peak_gib(device):
     """The most memory held so far, GiB: what torch reserved on the GPU, or without one what the process held."""
     if device.type == "cuda":
@@ -108,4 +100,4 @@ def peak_gib(device):
 
 
 if __name__ == "__main__":
-    safe.run(curves.main, sys.argv[1:])
+    safe.run(plot.main, sys.argv[1:])
