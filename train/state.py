@@ -125,7 +125,7 @@ def restore(state, adapters, optimizer, scaler):
     if moments:
         optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
-    return facts["step"], facts["plan"], facts["best"]
+    return facts["step"], facts["plan"], facts.get("best")  # which states of earlier versions lack
 
 
 def bytes_to_save(settings, length, start, best):
