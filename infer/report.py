@@ -225,8 +225,8 @@ def _summary(report, manifest):
     rows = [row for row in report["rows"] if row["lora"]]
     facts = {"Base": report["base"]}
     if rows:
-        lora = rows[0]["lora"]
-        facts["LoRA"] = f"rank {lora['rank']}, alpha {lora['alpha']:g}"
+        kinds = dict.fromkeys(f"rank {row['lora']['rank']}, alpha {row['lora']['alpha']:g}" for row in rows)
+        facts["LoRA"] = "; ".join(kinds)
         if steps := list(dict.fromkeys(f"{row['lora']['step']:,}" for row in rows if row["lora"].get("step"))):
             facts["Step" if len(steps) == 1 else "Steps"] = ", ".join(steps)
         facts["Strength"] = ", ".join(dict.fromkeys(f"{row['scale']:g}" for row in rows))

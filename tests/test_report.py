@@ -384,6 +384,15 @@ def test_no_setting_that_is_told_is_a_free_text():
     assert "cache_dir" in free and free <= NOT_TOLD
 
 
+def test_loras_of_other_ranks_are_told_with_theirs(tmp_path):
+    path = compared(tmp_path, labels=("base", "a", "b", "c"))
+    report = json.loads((path.parent / "report.json").read_text())
+    report["rows"][2]["lora"]["rank"] = 16
+    (path.parent / "report.json").write_text(json.dumps(report))
+    write_report(tmp_path)
+    assert "rank 4, alpha 6; rank 16, alpha 6Strength" in Page(path).text()
+
+
 def test_settings_are_told_by_their_flags_without_places_and_digests(trained):
     run = trained([], learning_rate=3e-4, use_8bit_adam=True, network_weights="d" * 16, cache_dir="/secret/cache")
     page = Page(compared(run, lora=its_own(run), negative_prompt="blurry"))
