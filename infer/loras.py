@@ -81,7 +81,10 @@ def _in_folder(folder):
 
 
 def _told_apart(loras):
-    """With the run's name where two runs are compared, whose saves are of the same steps."""
+    """With the run's name where files of several runs are compared, and where other files have the same name."""
+    of_runs = [lora.path for lora in loras if lora.step is not None or lora.path.name in _MARKS]
+    if len({path.resolve().parent for path in of_runs}) > 1:
+        loras = [replace(lora, run=lora.path.resolve().parent.name) if lora.path in of_runs else lora for lora in loras]
     for run in (lambda path: path.parent.name, lambda path: f"{path.parent.parent.name}/{path.parent.name}"):
         often = Counter(lora.label for lora in loras)
         loras = [replace(lora, run=run(lora.path.resolve())) if often[lora.label] > 1 else lora for lora in loras]
