@@ -212,6 +212,16 @@ def test_steps_without_pictures_held_out_are_refused(fresh):
     assert not (fresh / "state").exists()
 
 
+def test_a_folder_in_the_place_of_the_best_save_is_found_at_the_door(fresh):
+    """Found when it is first written, the steps up to then would be lost."""
+    (fresh / "lora-best.safetensors").mkdir()
+    output = command("train", "--output_dir", fresh, *TRAIN, code=2)
+    assert (
+        one_line_error(output)
+        == f"error: {fresh}/lora-best.safetensors: not a file; move it away, or use another folder"
+    )
+
+
 def test_places_fill_batches_of_one_bucket():
     buckets = np.array([1, 0, 1, 1])
     batches = in_batches(buckets, 3)
