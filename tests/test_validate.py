@@ -175,6 +175,15 @@ def test_a_run_that_goes_on_knows_the_best_before(held_out, tmp_path):
     assert (run / "lora-best.safetensors").read_bytes() == best
 
 
+def test_a_best_save_that_was_taken_away_is_not_promised(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    here("train", "--output_dir", folder, *TRAIN)
+    assert f"{folder}/lora-best.safetensors\n" in capsys.readouterr().out
+    (folder / "lora-best.safetensors").unlink()
+    here("train", "--output_dir", folder, *TRAIN)
+    assert f"{folder}/lora-best.safetensors is gone\n" in capsys.readouterr().out
+
+
 def test_which_save_is_best():
     validation = object.__new__(Validation)
     validation.best = validation.last = None
