@@ -175,9 +175,9 @@ def _held_out(training):
         (
             [
                 join([f"{step:,}", tag("span", "lowest", class_="badge") if step == best_step else ""]),
-                _against(found["difference"], found["standard_error"]),
-                _against(found["train_difference"], found["train_standard_error"]),
-                *(_against(band["difference"], band["standard_error"]) for band in found["bands"]),
+                _against(found["difference"], found.get("standard_error")),
+                _against(found["train_difference"], found.get("train_standard_error")),
+                *(_against(band.get("difference"), band.get("standard_error")) for band in found["bands"]),
             ],
             step == best_step,
         )
@@ -201,9 +201,9 @@ def _charts(lines):
 
 
 def _against(difference, error):
-    if not is_number(difference) or not is_number(error):
+    if not is_number(difference):
         return "not finite"
-    return join([minus(f"{difference:.4f}"), tag("small", f" ± {error:.4f}")])
+    return join([minus(f"{difference:.4f}"), tag("small", f" ± {error:.4f}") if is_number(error) else ""])
 
 
 def _curves(training):

@@ -21,7 +21,7 @@ from train.curves import flat, is_number, read
 NOT_TOLD = {"output_dir", "cache_dir", "network_weights", "restart", "push_to_hub", "hub_model_id", "private"}
 # Of a comparison: as it names them, and no file that somebody else put beside them.
 PICTURE = re.compile(r"(baseline|finetuned(-[2-9]|-[1-9][0-9]+)?)_(0|[1-9][0-9]*)\.png")
-NEEDED = ("difference", "standard_error", "base_loss", "train_difference", "train_standard_error", "pictures")
+NEEDED = {f"held_out/{name}" for name in ("difference", "base_loss", "train_difference", "pictures")}
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,18 @@ class Training:
 
     @cached_property
     def held_out(self):
-        """[(step, what was measured on held-out pictures)], where all of NEEDED is finite."""
-        needed = {f"held_out/{name}" for name in NEEDED}
-        return [(line["step"], line["held_out"]) for line in self.lines if needed <= flat(line).keys()]
+        """[(step, what was measured on held-out pictures)], where all of NEEDED is finite and the bands are whole.
+
+        Standard errors may be None: of one picture there is none.
+        """
+        lines = [line for line in self.lines if flat(line).keys() >= NEEDED and _whole(line["held_out"].get("bands"))]
+        return [(line["step"], line["held_out"]) for line in lines]
+
+
+def _whole(bands):
+    return isinstance(bands, list) and all(
+        isinstance(band, dict) and is_number(band.get("from")) and is_number(band.get("to")) for band in bands
+    )
 
 
 def training(run):
@@ -103,23 +112,37 @@ def verdict(training):
     change = "below" if best["difference"] < 0 else "above"
     yield (
         f"Lowest at step {best_step:,}: on {many(best['pictures'], 'held-out picture')} the loss is "
-        f"{abs(best['difference']):.4f} ± {best['standard_error']:.4f} {change} the base's{share}."
+        f"{abs(best['difference']):.4f}{spread(best)} {change} the base's{share}."
     )
     last_step, last = training.held_out[-1]
-    gap = last["difference"] - last["train_difference"]
-    error = math.hypot(last["standard_error"], last["train_standard_error"])
+    errors = [found.get(name) for found in (last, best) for name in ("standard_error", "train_standard_error")]
+    if not all(map(is_number, errors)):
+        yield "How far the numbers of one picture alone may be off cannot be told."
+    else:
+        yield from _against_trained(last_step, last)
+        rise = last["difference"] - best["difference"]
+        if rise > 2 * math.hypot(last["standard_error"], best["standard_error"]):
+            yield f"Since step {best_step:,} the held-out loss has risen by {rise:.4f}: an earlier save is better."
+    if training.has_best:
+        yield "The save with the lowest held-out loss is lora-best.safetensors."
+
+
+def spread(found):
+    """ " ± 0.0011", or nothing where there is no standard error."""
+    error = found.get("standard_error")
+    return f" ± {error:.4f}" if is_number(error) else ""
+
+
+def _against_trained(step, found):
+    gap = found["difference"] - found["train_difference"]
+    error = math.hypot(found["standard_error"], found["train_standard_error"])
     if gap > 2 * error:
         yield (
-            f"At step {last_step:,} the pictures that were trained on do better than held-out ones by {gap:.4f} ± "
+            f"At step {step:,} the pictures that were trained on do better than held-out ones by {gap:.4f} ± "
             f"{error:.4f}: that part is remembered, not learned."
         )
     else:
-        yield f"At step {last_step:,} pictures that were trained on do no better than held-out ones."
-    rise = last["difference"] - best["difference"]
-    if rise > 2 * math.hypot(last["standard_error"], best["standard_error"]):
-        yield f"Since step {best_step:,} the held-out loss has risen by {rise:.4f}: an earlier save is the better one."
-    if training.has_best:
-        yield "The save with the lowest held-out loss is lora-best.safetensors."
+        yield f"At step {step:,} pictures that were trained on do no better than held-out ones."
 
 
 def scores(folder):

@@ -97,7 +97,7 @@ def finished(exported, tmp_path):
     identity |= dict(lr_scheduler="cosine", network_weights="0123456789abcdef", max_train_steps=900)
     (run / "run.json").write_text(json.dumps(dict(cache_dir=None, identity=identity)))
     measured = dict(difference=-0.0123, standard_error=0.0011, pictures=24, loss=0.11, base_loss=0.1224)
-    measured |= dict(train_difference=-0.02, train_standard_error=0.001)
+    measured |= dict(train_difference=-0.02, train_standard_error=0.001, bands=[])
     lines = [dict(step=100, loss=1.0, held_out=measured), dict(step=150, loss=1.0)]
     lines += [dict(step=200, loss=0.9, held_out=measured | dict(difference=-0.01))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "held_out"')

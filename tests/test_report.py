@@ -325,6 +325,35 @@ def test_a_measurement_that_is_not_finite_is_left_out(trained):
     assert "not finite" in Page(write_report(run)).text()
 
 
+def test_of_one_held_out_picture_the_numbers_are_told_without_an_error(trained):
+    """A folder of 20 pictures with a twentieth held out is the usual one."""
+    bands = [{"from": 0, "to": 250, "difference": -0.03, "standard_error": None}]
+    alone = measured(-0.02, -0.04, None, bands=bands, pictures=1)
+    run = trained([dict(step=step, held_out=alone) for step in (1, 2)])
+    text = Page(compared(run, lora=its_own(run))).text()
+    assert "on 1 held-out picture the loss is 0.0200 below the base's" in text
+    assert "of one picture alone may be off cannot be told" in text and "±" in text  # which the introduction explains
+    assert "None" not in text and "\N{MINUS SIGN}0.0200\N{MINUS SIGN}0.0400\N{MINUS SIGN}0.0300" in text
+    assert "remembered" not in text and "no better" not in text and "risen" not in text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(bands=None),
+        dict(bands=[3]),
+        dict(bands=[{"from": None, "to": 250}]),
+        dict(difference=1e308, train_difference=-1e308),
+        dict(difference=10**400),
+    ],
+    ids=["no bands", "a number", "no beginning", "beyond fp32", "beyond a float"],
+)
+def test_an_odd_measurement_is_passed_over(trained, odd):
+    """After hours of drawing, a line that somebody edited must not take the page."""
+    run = trained([dict(step=1, held_out=measured(-0.1, -0.1, **odd)), dict(step=-7, loss=1), dict(step=10**400)])
+    assert "Held-out" not in Page(compared(run, lora=its_own(run))).text()
+
+
 def test_scores_of_any_kind(tmp_path):
     scores = {"base": {"style": 0.012, "colour": 1.0}, "lora": {"style": 0.9, "colour": 1}, "chance": {"style": -0.5}}
     scores |= {"heldout_loss": {"base": 0.6, "lora": 0.1}, "true": {"ink": {"style": 1.0}}, "prompts": 16, "odd": "x"}
