@@ -117,6 +117,7 @@ def wide(run, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_function_of_prompt_lora_and_scale_alone(run, trained, wide, monkeypatch):
     """Bit for bit, whatever else is drawn before and beside it; and one LoRA at a time is in memory.
 

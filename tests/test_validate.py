@@ -143,6 +143,7 @@ def test_nothing_is_measured_after_a_signal_or_between_times(held_out, tmp_path)
     assert not run.validation.is_best(2)
 
 
+@pytest.mark.slow
 def test_the_same_weights_as_without(held_out, trained, tmp_path):
     """A draw from the loop's randomness, a scale or a gradient that is left behind would change what is trained."""
     plain = train(held_out, tmp_path / "plain", "--checkpointing_steps", 6)
@@ -163,6 +164,7 @@ def test_the_best_save_is_kept(trained):
     assert (trained / "lora-best.safetensors").read_bytes() == (trained / f"lora-{best:06d}.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_knows_the_best_before(held_out, tmp_path):
     """Without it, the first save after a stop would count as the best."""
     rate = ("--learning_rate", 0.2)  # it gets worse
@@ -175,6 +177,7 @@ def test_a_run_that_goes_on_knows_the_best_before(held_out, tmp_path):
     assert (run / "lora-best.safetensors").read_bytes() == best
 
 
+@pytest.mark.slow
 def test_a_best_save_that_was_taken_away_is_not_promised(trained, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     here("train", "--output_dir", folder, *TRAIN)
@@ -184,6 +187,7 @@ def test_a_best_save_that_was_taken_away_is_not_promised(trained, tmp_path, caps
     assert f"{folder}/lora-best.safetensors is gone\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_signal_left_out_is_made_up_for(held_out, tmp_path, monkeypatch):
     """Else the best save, and its line of metrics, would depend on when somebody pressed Ctrl-C."""
     straight = train(held_out, tmp_path / "straight")
