@@ -65,6 +65,7 @@ def test_two_ranks_equal_one(cached, tmp_path):
     assert "a step on 2 GPUs" in said[0] and said[1] == ""
 
 
+@pytest.mark.slow
 def test_going_on_with_as_many_ranks_is_exact_and_with_another_number_is_said(cached, tmp_path):
     straight, stopped = new(cached, tmp_path, "straight"), new(cached, tmp_path, "stopped")
     assert Ranks(straight, 2).wait() == [0, 0]
@@ -79,6 +80,7 @@ def test_going_on_with_as_many_ranks_is_exact_and_with_another_number_is_said(ca
     torch.testing.assert_close(vector(tmp_path / "alone", 6), vector(straight, 6), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_a_save(cached, tmp_path):
     """torchrun sends it to each of them, but not at the same moment of their steps."""
     run = new(cached, tmp_path, "run")
@@ -91,6 +93,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(cached, tmp_path):
     assert f"stopped after step {step}, saved" in ranks.processes[0].output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_stops_the_others_who_name_it(dies, cached, tmp_path):
     """And the run goes on from its last save."""

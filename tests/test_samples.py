@@ -185,6 +185,7 @@ def test_seventeen_prompts_are_refused_and_a_long_one_is_said(cached, pictures, 
 # ---- In the loop
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_same_bits_and_the_pictures_are_infers(prompted, run, tmp_path, quick, monkeypatch):
     """The last pictures are those that compare drew of the finished run, but for half precision: of the weights in
     lora.safetensors, and of the text in the cache."""

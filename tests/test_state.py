@@ -207,6 +207,12 @@ def forged(path, change):
     path.write_bytes(blob + hashlib.sha256(blob).digest())
 
 
+def test_a_state_of_before_there_was_a_best_save_goes_on(tmp_path):
+    Setup().step(1).save(tmp_path, 1)
+    forged(tmp_path / "000001.state", lambda header, facts: facts.pop("best"))
+    assert Setup().load(tmp_path) == (1, PLAN, None)
+
+
 @pytest.mark.parametrize("field", ODD)
 def test_facts_that_parse_and_are_odd_are_refused_by_their_field(field, tmp_path):
     """A right checksum says who wrote the bytes last, not that they make sense."""

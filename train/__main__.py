@@ -12,7 +12,7 @@ from data.common.flags import parse
 from data.common.imports import lean
 from train import trackers
 
-WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "lora-best.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):

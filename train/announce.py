@@ -44,7 +44,9 @@ def after(run, seconds):
     """What is there now, and the next command."""
     weights, folder = run.folder / "lora.safetensors", shlex.quote(str(run.folder))
     if best := run.validation.best:
-        print(f"lowest held-out loss of the saves: step {best['step']:.0f}, {run.folder / 'lora-best.safetensors'}")
+        path = run.folder / "lora-best.safetensors"
+        there = path if path.exists() else f"but {path} is gone"
+        print(f"lowest held-out loss of the saves: step {best['step']:.0f}, {there}")
     print(f'{weights} after {duration(seconds)}; next: python -m infer --output_dir {folder} --prompt "…"')
 
 

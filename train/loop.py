@@ -50,7 +50,7 @@ def train(settings, folder):
     announce.before(run)
     health, stop = Health(run.scaler), Signals()
     micro_batches = run.batches.ahead(run.start, run.ranks.index, run.ranks.count)
-    with writer_for(run) as writer:
+    with writer_for(run, stop) as writer:
         for step in range(run.start, settings.max_train_steps):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()

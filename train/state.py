@@ -102,7 +102,8 @@ def _parts(path, blob):
         raise UserError(f"{path}: not a state of this program ({error}); {ADVICE}") from None
     if type(facts) is dict and facts.get("version", VERSION) != VERSION:
         raise UserError(f"{path}: written by another version of this program; {ADVICE}")
-    check_fields(FACTS, facts, path, ADVICE)
+    checked = check_fields(FACTS, facts, path, ADVICE)
+    facts |= {name: checked[name] for name in ("best", "ranks")}  # which states of earlier versions lack
     vector = tensors.get("vector")
     for name in ("vector", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
         value = tensors.get(name, vector)

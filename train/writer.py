@@ -4,22 +4,35 @@ Of several ranks the first has a Writer; the others have a Nobody, so that the l
 """
 
 from lora import files
+from train.curves import read
 from train.metrics import Metrics
 from train.state import save_state
 from train.trackers import Trackers
 
 
-def writer_for(run):
-    return Nobody(run) if run.ranks.index else Writer(run)
+def writer_for(run, stop):
+    """stop: safe.Signals"""
+    return Nobody(run) if run.ranks.index else Writer(run, stop)
 
 
 class Writer:
     """A context manager: its file of metrics is open in between."""
 
-    def __init__(self, run):
+    def __init__(self, run, stop):
         settings, path = run.settings, run.folder / "metrics.jsonl"
         trackers = Trackers(settings.report_to, run.folder, run.start, settings)
-        self.run, self.metrics = run, Metrics(path, run.start, settings.max_train_steps, run.device, trackers)
+        missed = self._missed(run, read(path), stop)
+        self.run = run
+        self.metrics = Metrics(path, run.start, settings.max_train_steps, run.device, trackers, missed)
+        if missed and run.validation.is_best(run.start):
+            self.export("lora-best")
+
+    @staticmethod
+    def _missed(run, lines, stop):
+        """The measurement that a signal left out of the step which the run goes on from, made up for: else the best
+        save would be another than that of a run that nobody stopped."""
+        there = [line for line in lines if line["step"] == run.start and "held_out" not in line]
+        return run.validation.measure(run.start, stop) if there else {}
 
     def log(self, step, images, numbers):
         """The step that is done, its images, and what was measured in it: {name: number, or numbers by name}"""
