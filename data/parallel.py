@@ -5,10 +5,9 @@
 
 How a picture is rounded depends on the batch that it is encoded in. The batches are those of one rank, and so are the
 order of their rows and the bytes of the cache. The first rank does all else: it looks, decodes, names what is bad,
-writes and speaks. The others are sent an encoder's description, then pixels or captions, and send rows back; they know
-no flags, hold no lock, and need to see no folder but the model's. torchrun says by environment variables who is who
-(data/common/ranks.py). Messages go through gloo, in memory on one host and by network between hosts: 3 MB for a
-picture of 1024 × 1024, and 262 KB back.
+writes and speaks. The others are sent an encoder's description, then pixels or captions, and send rows back; they hold
+no lock, and read no folder but the model's, which several hosts must see under the same name. torchrun says by
+environment variables who is who (data/common/ranks.py). A picture of 1024 × 1024 is a message of 3 MB, its row 262 KB.
 
 torch is imported where it is needed, because a precompute on one rank that has nothing to do does without it.
 """
