@@ -1,14 +1,28 @@
 """Several ranks write the cache that one rank writes: real processes that send real batches to each other by gloo."""
 
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import PICTURES, PRECOMPUTE, Forked, command, content, edit_captions, one_line_error, precompute, when
+from conftest import (
+    PICTURES,
+    PRECOMPUTE,
+    ROOT,
+    Forked,
+    command,
+    content,
+    edit_captions,
+    one_line_error,
+    precompute,
+    when,
+)
 from PIL import Image
 
 from data import check
@@ -255,3 +269,16 @@ def test_more_ranks_than_gpus(second_rank, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MachineError, match="^rank 1 has no GPU: start at most as many processes as there are GPUs"):
         check.device()
+
+
+def test_make_starts_as_many_as_it_is_told(tmp_path):
+    """And the toy's step has its eight pictures on any number of them."""
+    words = ["make", "-n", "precompute", "train", f"PYTHON={sys.executable}", f"RUN={tmp_path}"]
+
+    def said(*more):
+        output = subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        batch, slots = re.search(r"--train_batch_size (\d+) --gradient_accumulation_steps (\d+)", output).groups()
+        return output.count("torch.distributed.run --standalone --nproc_per_node"), int(batch), int(slots)
+
+    assert said() == (0, 8, 1) and said("GPUS=1") == (2, 8, 1)
+    assert said("GPUS=2") == (2, 4, 2) and said("GPUS=8") == (2, 1, 8)
