@@ -3,7 +3,6 @@
 `make check` runs it, and then the whole line on two pictures.
 """
 
-import functools
 import importlib.util
 import os
 import re
@@ -26,7 +25,6 @@ def device():
     """
     import torch
 
-    own_gpu()
     with warnings.catch_warnings(record=True) as said:  # by torch, of a GPU that it cannot use, and at some length
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -46,18 +44,6 @@ def device():
         raise errors.MachineError(f"rank {ranks.index()} has no GPU: start at most as many processes as there are GPUs")
     print("no GPU here: the CPU computes", file=sys.stderr, flush=True)
     return torch.device("cpu")
-
-
-@functools.cache  # once, because what is visible then is the one
-def own_gpu():
-    """Let each of torchrun's processes see a GPU of its own, and no other, before CUDA is used.
-
-    A device that is set in one thread is not set in the next, and what a process does not see it does not use.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if ranks.count() > 1 and visible not in ("", "-1"):
-        each = visible.split(",") if visible else []
-        os.environ["CUDA_VISIBLE_DEVICES"] = (each[ranks.local_index() :] or [str(ranks.local_index() + len(each))])[0]
 
 
 def _is_in_this_build(capability, built):

@@ -18,7 +18,6 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from data import check
 from data.common import ranks, safe
 from data.common.errors import MachineError, UserError
 
@@ -213,5 +212,4 @@ def _join():
     """Wait until all that torchrun started are there."""
     import torch.distributed as dist
 
-    check.own_gpu()  # before anything can look for GPUs
     dist.init_process_group("gloo", timeout=PATIENCE)

@@ -47,7 +47,6 @@ class Ranks:
     def _be(self, index, count, port):
         words = dict(RANK=index, LOCAL_RANK=index, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in words.items()})
-        check.own_gpu.cache_clear()  # what it saw here holds for this process alone
 
     def wait(self, seconds=120):
         """-> exit codes"""
@@ -258,9 +257,7 @@ def second_rank(monkeypatch):
     """This process is the second of two on a machine whose GPUs nobody has seen yet."""
     for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0").items():
         monkeypatch.setenv(name, value)
-    check.own_gpu.cache_clear()
-    yield
-    check.own_gpu.cache_clear()
+    ranks.see_own_gpu()
 
 
 def test_more_ranks_than_gpus(second_rank, monkeypatch):

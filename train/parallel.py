@@ -72,16 +72,17 @@ class Ranks(Alone):
         try:
             dist.all_reduce(tensor, op)
         except RuntimeError as error:
-            raise MachineError(
-                f"{self._gone()} ended; its own last lines say why ({str(error).splitlines()[0]})"
-            ) from None
+            gone, reason = self._gone(), str(error).splitlines()[0]
+            what = (
+                f"rank {' and '.join(gone)} ended" if gone else "a sum over all ranks failed; where one of them ended"
+            )
+            raise MachineError(f"{what}, its own last lines say why ({reason})") from None
         return tensor
 
     def _gone(self):
-        """The ranks of this host whose processes are not there any more, in words."""
+        """The ranks of this host whose processes are not there any more."""
         here = socket.gethostname()
-        gone = [str(i) for i, (host, pid) in enumerate(self.processes) if host == here and not _lives(pid)]
-        return f"rank {' and '.join(gone)}" if gone else "a rank on another host, or one that is about to end,"
+        return [str(i) for i, (host, pid) in enumerate(self.processes) if host == here and not _lives(pid)]
 
 
 def _lives(pid):

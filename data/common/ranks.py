@@ -20,3 +20,15 @@ def count():
 def local_index():
     """0 for the first on this host; also the GPU that it computes on."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def see_own_gpu():
+    """Let each of torchrun's processes see a GPU of its own, and no other; of more processes than GPUs some see none.
+
+    Before anything else, because importing some packages asks for the GPUs, and what CUDA saw at its first call it sees
+    for ever. A device that is set instead, in one thread, is not set in the next.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count() > 1 and visible not in ("", "-1"):
+        each = visible.split(",") if visible else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = (each[local_index() :] or [str(local_index() + len(each))])[0]

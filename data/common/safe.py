@@ -26,6 +26,7 @@ def run(main, argv):
     """Run a command's `main(argv)` and end the process with the exit code of its outcome."""
     for library in LIBRARIES:  # they report what nothing here uses, and what is said here in a line
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    ranks.see_own_gpu()
     system.share_the_cores()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with streams.that_cannot_fail() as stderr:
