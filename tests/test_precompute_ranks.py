@@ -27,6 +27,7 @@ from PIL import Image
 
 from data import check
 from data.cache import Cache
+from data.common import ranks
 from data.common.errors import MachineError
 from data.loaded import LoadedTextEncoders, LoadedVAE
 
