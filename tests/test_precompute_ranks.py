@@ -28,6 +28,7 @@ from PIL import Image
 from data import check
 from data.cache import Cache
 from data.common import ranks
+from data.common.ahead import behind
 from data.common.errors import MachineError
 from data.loaded import LoadedTextEncoders, LoadedVAE
 
@@ -93,8 +94,19 @@ def rows_of(run):
     return keys.stat().st_size // 36 if keys.exists() else 0
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """An encoder gives nothing back before two more batches are started."""
+
+    def in_flight(start, finish, batches):
+        started = ((tag, batch, start(batch)) for tag, batch in batches)
+        return behind(lambda begun: begun, lambda begun: (begun[0], finish(*begun[1:])), started, 2)
+
+    monkeypatch.setattr("data.loaded.in_flight", in_flight)
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_write_the_bytes_of_one(count, source, tmp_path, small_batches, told_by):
+def test_ranks_write_the_bytes_of_one(count, source, tmp_path, small_batches, told_by, as_on_a_gpu):
     """In buckets, with mirror images, a long caption, several orders of tags, a prompt; and each rank has its share."""
     shapes = [(64, 96), (96, 64), (80, 80)]
     for i in range(PICTURES):
@@ -117,6 +129,15 @@ def cut(source):
         with Image.open(path) as image:
             image.save(path, "JPEG")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("number", range(1, PICTURES))
+@pytest.mark.slow
+def test_any_number_of_batches(number, source, tmp_path, small_batches, told_by, as_on_a_gpu):
+    more = ("--max_train_samples", number)
+    precompute(tmp_path / "one", source, *more)
+    Ranks(tmp_path / "several", source, *more, count=3).succeed()
+    assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
 def test_bad_pictures_are_left_out_whichever_rank_has_them(source, tmp_path, small_batches, monkeypatch):

@@ -18,9 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.cache import KEY
 from tests.bench.full_size import TOY, make_pictures, make_pipeline
 
 SLOTS = 8  # gradient_accumulation_steps
@@ -39,7 +41,7 @@ def command(count, module, *flags):
 
 
 def precompute(work, what, counts, gpus):
-    """-> {1: {images_per_s, captions_per_s, seconds}, ...}: of one GPU, then of several.
+    """-> {1: {images_per_s, captions_per_s, seconds}, ...}: of one GPU, then of several; and what they have in common.
 
     counts: the pictures of each run; the last two are compared, what comes before warms up.
     """
@@ -58,6 +60,11 @@ def precompute(work, what, counts, gpus):
             for name in ("captions", "images", "whole")
         } | dict(seconds=took)
     found["times"] = {name: found[gpus][name] / found[1][name] for name in ("images_per_s", "whole_per_s")}
+    one, several = (work / f"precompute-{count}-{run}" / "cache" for count in (1, gpus))
+    found["equal"] = {  # the share of rows; cuDNN may choose another algorithm on another GPU, which rounds otherwise
+        path.stem: float(np.mean(np.fromfile(path, KEY) == np.fromfile(several / path.name, KEY)))
+        for path in one.glob("*.keys")
+    }
     return found
 
 
