@@ -139,6 +139,7 @@ def bench(args):
     if args.toy:
         pipeline, counts, side, precision, rank, steps = TOY, (4, 12), 128, "no", 4, 4
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        os.environ["OMP_NUM_THREADS"] = "1"  # torchrun's choice for several, which rounds otherwise than more threads
     else:
         counts = args.pictures[:1] + args.pictures
         pipeline, side, precision, rank, steps = work / "pipeline", 1024, "fp16", 32, 24
