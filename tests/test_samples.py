@@ -281,8 +281,8 @@ def test_drawing_leaves_everything_as_it_was(drawing, monkeypatch):
         name: (module.training, vars(module).get("gradient_checkpointing")) for name, module in unet.named_modules()
     }
 
-    def make_pipeline(*given):
-        pipeline = real(*given)
+    def make_pipeline(*given, **named):
+        pipeline = real(*given, **named)
         assert pipeline.vae.encoder is None
         loaded.append(weakref.ref(pipeline.vae))
         return pipeline
