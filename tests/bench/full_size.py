@@ -186,14 +186,13 @@ def while_training(work, precompute, precision):
 
 
 def on_small_cards(work, precompute, precision):
-    """{what and on which card: facts} of precompute and of compare; of this also whether a pixel differs from the card
-    before. precompute: its flags.
+    """{what and on which card: facts} of precompute on the smallest and of compare on each. precompute: its flags.
+
+    Of each compare also how many pixels differ from those of the card before.
     """
     run, found, before = work / "run", {}, {}
-    for gib in (CARDS[-1], CARDS[0]):  # all of it again on the second, in another folder
-        folder = run if gib == CARDS[0] else work / "small"
-        _, facts = command(work, "data.precompute", "--output_dir", folder, *precompute, cap=gib - BESIDE)
-        found[f"precompute, {gib} GiB"] = facts
+    _, facts = command(work, "data.precompute", "--output_dir", run, *precompute, cap=CARDS[-1] - BESIDE)
+    found[f"precompute, {CARDS[-1]} GiB"] = facts
     how = ("--max_train_steps", 1, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
     command(work, "train", "--output_dir", run, *how)
     for gib in CARDS:
