@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import PIPELINE, inject_filled, narrow_sdxl_unet, predict, unet_inputs
+from conftest import inject_filled, narrow_sdxl_unet, predict, unet_inputs
 
 from data.common.errors import MachineError
 from infer import memory, streamed
@@ -123,9 +123,3 @@ def test_on_a_gpu_as_well(count, unet):
     inputs = [x.to(device) for x in args], dict(added_cond_kwargs={k: v.to(device) for k, v in condition.items()})
     with torch.inference_mode():
         assert all(torch.equal(predict(unet, inputs), predict(other, inputs)) for _ in range(20))
-
-
-# ---- What is given up for which memory
-
-
-assert PIPELINE
