@@ -15,6 +15,9 @@ from pathlib import Path
 from data.common import disk, errors, ranks, safe, setup, system
 
 ON_THE_CPU = "or set CUDA_VISIBLE_DEVICES=-1 to compute on the CPU, which is enough for the toy"
+# Bytes beside torch's allocator: the most that CUDA and its libraries were seen to hold, and what of it is taken when
+# the first kernels run.
+CUDA, LIBRARIES = 15 * 2**26, 5 * 2**26
 FP16 = (5, 3)  # the first compute capability whose GPUs calculate in it
 
 
@@ -86,6 +89,22 @@ def gpu_memory(config, dtype, device):
             f"{torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, and the UNet's weights alone take "
             f"{needed / 2**30:.1f} in {str(dtype).removeprefix('torch.')}; choose a larger GPU, {ON_THE_CPU}"
         )
+
+
+def room(vram_gib, device, later):
+    """-> bytes that the allocator may hold, and bytes beside it: what CUDA and other programs hold, and `later`.
+
+    Together they are --vram_gib; without it, or where less is free, the first is what is free. Other programs that hold
+    more than CUDA needs itself take no more than that from --vram_gib, because it is about this one.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)
+    beside = min(total - there, CUDA)
+    if vram_gib:
+        there = min(there, int(vram_gib * 2**30) - beside)
+    return there - later, beside + later
 
 
 def eight_bit_adam(settings):

@@ -8,6 +8,7 @@ import itertools
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -154,6 +155,9 @@ class LoadedVAE:
             vae.decoder = None
             vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
             fused.fuse(vae, device)
+            encoder = vae.encoder
+            encoder.down_blocks[0] = InSlices(encoder.conv_in, encoder.down_blocks[0])
+            encoder.conv_in = nn.Identity()
 
         self.vae = load(AutoencoderKL, described.component, self.dtype, device, prepare)
 
@@ -237,6 +241,21 @@ def fastest_convolutions():
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+class InSlices(nn.Sequential):
+    """The first level of the VAE's encoder, with the convolution before it, a few pictures at a time.
+
+    Its tensors are as large as the pictures, four times those of the next level, and take the most memory by far. How
+    many pictures is a function of their shape alone, because how a picture is rounded may depend on it.
+    """
+
+    BYTES = 2**21  # for one channel: one picture of 1024 × 1024 in half precision
+
+    def forward(self, x):
+        """x (B, 3, H, W) -> (B, C, H / 2, W / 2)"""
+        at_once = max(1, self.BYTES // (x.shape[2] * x.shape[3] * x.element_size()))
+        return torch.cat([super(InSlices, self).forward(some) for some in x.split(at_once)])
 
 
 class OneHeadAttention:

@@ -4,6 +4,7 @@ A picture is a function of the model, the seed, the prompt, the LoRA and its sca
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ from data.models.files import Model, load, vae_model
 from data.models.identity import check_unchanged, fingerprint, identity
 from data.progress import progress
 from infer.grid import grid
+from infer.memory import Fit, fit
 from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample, write_png
+from infer.streamed import Streamed
 from infer.told import PICTURE, without_places
 from lora import files
 from lora.attention import fuse_projections
@@ -42,10 +45,20 @@ def compare(settings, run, loras, command):
     check_files_and_base(model, loras, unet_print)
     warn_of_trigger_words(loras, settings.prompt, settings.unrelated_prompt or ())
     check_steps(model, settings.num_inference_steps)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer holes in the GPU's memory
     device = check.device()
     precision, dtype = ("fp16", torch.float16) if device.type == "cuda" else ("no", torch.float32)
     check.precision(precision, device)
-    check.gpu_memory(model.unet_config(), dtype, device)
+    configs = model.unet_config(), vae_model.component("vae").config()
+    factor = 2 ** (len(configs[1]["block_out_channels"]) - 1)
+    side = (resolution or configs[0]["sample_size"] * factor) // factor
+    made_to_fit = Fit()
+    if device.type == "cuda":
+        contents = [lora.contents for lora in loras]
+        room = check.room(settings.vram_gib, device, check.LIBRARIES)
+        made_to_fit = fit(*configs, side * factor, dtype, contents, *room)
+    elif settings.vram_gib:
+        print("--vram_gib is about a GPU's memory; there is none, and all is in RAM")
 
     prompts = [*settings.prompt, *(settings.unrelated_prompt or ())]
     encoders = TextEncoders(model, precision, max_token_length(run)).load(device)
@@ -55,11 +68,16 @@ def compare(settings, run, loras, command):
     embeddings = encode(encoders, model, prompts, settings.negative_prompt)
     del encoders  # their memory is free before the UNet is loaded
     torch.cuda.empty_cache()
-    unet = load(UNet2DConditionModel, model.component("unet"), dtype, device, fuse_projections)
+
+    def prepare(unet):
+        fuse_projections(unet)
+        if made_to_fit.blocks:
+            Streamed(unet, made_to_fit.blocks, device)
+
+    unet = load(UNet2DConditionModel, model.component("unet"), dtype, device, prepare)
     for lora in loras:
         files.check(unet, lora.contents)
-    pipeline = make_pipeline(model, unet, vae_model)
-    side = (resolution or unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    pipeline = make_pipeline(model, unet, vae_model, made_to_fit.tiles)
     starts = [noise(settings.seed, prompt, (unet.config.in_channels, side, side)) for prompt in prompts]
 
     folder = run / "compare"
@@ -86,7 +104,7 @@ def compare(settings, run, loras, command):
         seed=settings.seed,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        resolution=[side * pipeline.vae_scale_factor] * 2,
+        resolution=[side * factor] * 2,
         command=without_places(command, run),
         rows=rows,
         lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),  # of the first LoRA, as is the next

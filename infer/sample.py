@@ -12,18 +12,24 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from data.common.disk import atomic_write
 from data.common.errors import NumbersError
 from data.models.files import load
+from infer.memory import TILE
 
 
-def make_pipeline(model, unet, vae_model):
+def make_pipeline(model, unet, vae_model, tiles):
     """A pipeline around `unet`, with the decoder of `vae_model` and the model's own noise schedule (Euler sampler).
 
+    tiles: whether pictures larger than memory.TILE are decoded in tiles, which takes less memory.
     With zero terminal SNR the sampler begins at the last timestep (Lin et al. 2023, section 3.3).
     """
     schedule = model.component("scheduler").config()
     if schedule["rescale_betas_zero_snr"]:
         schedule["timestep_spacing"] = "trailing"
+    vae = load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device, _decoder_alone)
+    vae.use_tiling = tiles
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
     return StableDiffusionXLPipeline(
-        vae=load(AutoencoderKL, vae_model.component("vae"), unet.dtype, unet.device, _decoder_alone),
+        vae=vae,
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
@@ -53,8 +59,10 @@ def sample(pipeline, embeddings, latents, steps, guidance, asked_to_stop=lambda:
     each of the sampler's steps; a picture that is not finished is None.
     """
 
-    def after_step(pipeline, *_):
+    def after_step(pipeline, step, *_):
         pipeline._interrupt = asked_to_stop()  # diffusers' documented way to leave out the steps that remain
+        if step + 1 == pipeline.num_timesteps:
+            torch.cuda.empty_cache()  # because the decoder's tensors have other sizes
         return {}
 
     pipeline.set_progress_bar_config(disable=True)
@@ -73,6 +81,7 @@ def sample(pipeline, embeddings, latents, steps, guidance, asked_to_stop=lambda:
         output_type="np",
         callback_on_step_end=after_step,
     ).images
+    torch.cuda.empty_cache()  # and the UNet's again
     if asked_to_stop():
         return None
     if not np.isfinite(pixels).all():

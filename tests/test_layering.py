@@ -15,6 +15,7 @@ TRAIN = {
     "data.sampler",
     "data.check",
     "data.progress",
+    "infer.memory",
     "infer.sample",
 }
 MAY = {  # a folder, or one file of it, and what it may import; the longest name that fits counts
@@ -36,7 +37,8 @@ MAY = {  # a folder, or one file of it, and what it may import; the longest name
         "train.curves",
     },
     "train/curves.py": {"data.common"},  # infer reads with it too
-    "infer/sample.py": {"data.common", "data.models"},  # the trainer imports it
+    "infer/sample.py": {"data.common", "data.models", "infer.memory"},  # the trainer imports it
+    "infer/memory.py": {"data.common", "lora"},  # and this
 }
 PACKAGES = {"lora", "data", "train", "infer"}
 FILES = [

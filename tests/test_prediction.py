@@ -57,7 +57,7 @@ def test_precompute_stores_it_encodes_nothing_again_and_compare_follows(pictures
     model = Model(**read_manifest(run / "cache")["model"])
     assert schedule(model) == ("v_prediction", True)
     unet = load(UNet2DConditionModel, model.component("unet"), torch.float32, torch.device("cpu"))
-    scheduler = make_pipeline(model, unet, model).scheduler
+    scheduler = make_pipeline(model, unet, model, tiles=False).scheduler
     assert isinstance(scheduler, EulerDiscreteScheduler) and scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(4)
     assert scheduler.timesteps[0] == 999 and scheduler.sigmas[0] > 1000  # from pure noise on, which leading would skip

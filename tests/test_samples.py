@@ -43,11 +43,12 @@ from data.common.errors import NumbersError, Stopped, UserError
 from data.common.flags import Infer
 from data.models import fused
 from data.models.files import Model
+from infer import memory
 from infer.compare import difference
 from lora.inject import inject
 from tests.bench.full_size import VAE
-from train import plan, samples
-from train.samples import Samples, memory
+from train import plan
+from train.samples import Samples
 
 GOING = SimpleNamespace(received=None)  # no signal came
 
@@ -281,8 +282,8 @@ def test_drawing_leaves_everything_as_it_was(drawing, monkeypatch):
         name: (module.training, vars(module).get("gradient_checkpointing")) for name, module in unet.named_modules()
     }
 
-    def make_pipeline(*given):
-        pipeline = real(*given)
+    def make_pipeline(*given, **named):
+        pipeline = real(*given, **named)
         assert pipeline.vae.encoder is None
         loaded.append(weakref.ref(pipeline.vae))
         return pipeline
@@ -384,7 +385,7 @@ def test_a_larger_picture_is_decoded_in_tiles(drawing, monkeypatch):
     """Each is a quarter over its neighbour, and the picture is close to the one that was decoded whole."""
     drawing.resolution = 128
     whole = drawing.draw(2, GOING).values()
-    monkeypatch.setattr(samples, "TILE", 64)
+    monkeypatch.setattr(infer.sample, "TILE", 64)
     for a, b in zip(whole, drawing.draw(2, GOING).values(), strict=True):
         assert a.size == b.size == (128, 128) and 0 < difference(a, b) < 12
 
@@ -434,10 +435,10 @@ def test_the_memory_that_is_counted_on_is_enough_for_the_tensors(resolution, mon
         decoder = AutoencoderKL(**VAE).half().decoder
         condition = dict(text_embeds=torch.zeros(2, 1280).half(), time_ids=torch.zeros(2, 6))
         xt, text = torch.zeros(2, 4, latent, latent).half(), torch.zeros(2, 77, 2048).half()
-        t, tile = torch.zeros(()), torch.zeros(1, 4, samples.TILE // 8, samples.TILE // 8).half()
+        t, tile = torch.zeros(()), torch.zeros(1, 4, memory.TILE // 8, memory.TILE // 8).half()
     weights = sum(p.nbytes for p in decoder.parameters())
     in_unet, in_decoder = alive(unet, xt, t, text, added_cond_kwargs=condition), alive(decoder, tile)
     for upcast in (False, True):
-        counted = memory(unet.config, VAE | dict(force_upcast=upcast), resolution, torch.float16)
+        counted = memory.drawing(unet.config, VAE | dict(force_upcast=upcast), resolution, torch.float16)
         held = weights * (1 + upcast) + max(in_unet, in_decoder * (1 + upcast))
-        assert held < counted - samples.SPARE < 2.5 * held
+        assert held < counted - memory.SPARE < 2.5 * held

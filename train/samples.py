@@ -6,18 +6,13 @@ of what is trained, and where there is no memory for them, training goes on with
 """
 
 import torch
-from diffusers import AutoencoderKL
 
 from data.common.errors import MachineError, NumbersError, out_of_memory
 from data.common.flags import Infer
 from data.common.imports import lean
 from data.common.words import shortened
+from infer.memory import drawing
 from train.validate import due
-
-TILE = 512  # pixels: the side of the squares that a larger picture is decoded in, a quarter of each over its neighbour
-# Tensors of the widest kind that are alive at once, in SDXL's UNet and in its VAE's decoder; memory() counts them.
-IN_THE_UNET, IN_THE_DECODER = 24, 6
-SPARE = 2**28  # bytes for the libraries' workspaces, and for holes between tensors
 
 
 class Samples:
@@ -38,7 +33,7 @@ class Samples:
             False,
         )
         config = vae.component("vae").config() if self.prompts else None
-        self.memory = memory(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
+        self.memory = drawing(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
 
     def draw(self, done, stop):
         """The pictures after `done` steps, where it is time for them -> {prompt's index and words: picture (PIL)}
@@ -69,11 +64,8 @@ class Samples:
     def _draw(self, step, stop, pictures):
         with lean():  # transformers' seconds, only where there are prompts
             from infer.sample import make_pipeline, noise, sample, write_png
-        pipeline = make_pipeline(self.base, self.unet, self.vae)
-        factor = pipeline.vae_scale_factor
-        pipeline.vae.enable_tiling()
-        pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = TILE, TILE // factor
-        side = self.resolution // factor
+        pipeline = make_pipeline(self.base, self.unet, self.vae, tiles=True)
+        side = self.resolution // pipeline.vae_scale_factor
         steps = min(Infer.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
         for i, (prompt, embeddings) in enumerate(self.prompts):
             latents = noise(Infer.seed, prompt, (self.unet.config.in_channels, side, side))
@@ -97,25 +89,3 @@ def embedded(cache):
     text, pooled = map(torch.from_numpy, cache.texts([*prompts.values(), cache.manifest["unconditional"]]))
     *found, unconditional = zip(text.split(1), pooled.split(1))
     return [(prompt, [*own, *unconditional]) for prompt, own in zip(prompts, found)]
-
-
-def memory(unet, vae, resolution, dtype):
-    """Bytes of GPU memory that drawing takes besides what training holds, estimated and rather too many.
-
-    unet, vae: configs. resolution: the picture's side, pixels. dtype: the UNet's.
-
-    The UNet computes two latents at once, with the prompt and without it, and keeps nothing for a backward. Counted in
-    tensors (2, 320, h, w), as wide as its first level, 13 are alive in its last level, where it needs the most: skip
-    connections, the input with one of them, and their norm. The decoder computes one tile, of which 3 tensors (1, 256,
-    TILE, TILE) are alive. Copies in another layout and a convolution's workspace may take as many again, so that almost
-    twice as many are counted. A VAE that overflows in half precision is decoded in fp32.
-    One comes after the other, so the larger of the two counts, and the decoder's weights.
-    """
-    upcast = vae["force_upcast"] and dtype == torch.float16
-    bytes_of_vae = 4 if upcast else dtype.itemsize
-    latent = (resolution // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
-    in_unet = IN_THE_UNET * 2 * unet["block_out_channels"][0] * latent * dtype.itemsize
-    in_decoder = IN_THE_DECODER * vae["block_out_channels"][1] * min(resolution, TILE) ** 2 * bytes_of_vae
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoencoderKL.from_config(vae).decoder.parameters())
-    return weights * bytes_of_vae + max(in_unet, in_decoder) + SPARE

@@ -218,6 +218,12 @@ class Infer:
     lora_scale: tuple[float, ...] | None = flag(
         None, "strengths of a LoRA, a row each; 0 is the base, bit for bit; default: 1"
     )
+    vram_gib: float | None = flag(
+        None,
+        "GPU memory to stay within, GiB, all that CUDA holds counted; where needed the VAE decodes in tiles, then "
+        "blocks of the UNet stay in RAM; default: what is free",
+        above=0,
+    )
     seed: int = flag(42, "a prompt's noise is a function of (seed, prompt)", at_least=0, at_most=2**63 - 1)
 
 

@@ -7,6 +7,7 @@ pages of mapped files). How fast precompute and the training step are is measure
 `--toy` does the same with the small pipeline, for a machine without a GPU; `--single` with the model in one file.
 `--pictures` trains instead, without and with pictures while training, with room to spare and in a budget that is full:
 OUT/pictures.json says what drawing takes, next to what the plan counted on.
+`--small` runs precompute and compare as cards of several sizes would: OUT/small.json.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from PIL import Image
 from tests.single_file import configs, single_file
 
 T4_GIB = 14.56  # what a 16 GB T4 has for a program
+CARDS = (T4_GIB, 8, 6, 4)  # GiB
+BESIDE = 0.9  # GiB of a card that CUDA takes beside torch's allocator
 TOY = Path(__file__).parents[2] / "data/toy/pipeline"
 
 UNET = dict(
@@ -73,8 +76,8 @@ CLIP_G = dict(
 CAPPED = r"""
 import atexit, json, os, pathlib, re, runpy, sys
 cap, out, module = float(sys.argv[1]), sys.argv[2], sys.argv[3]
-if module == "train":
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as it does itself, too late here
+if module in ("train", "infer"):
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # as they do, too late here
 import torch
 if torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(cap * 2**30 / torch.cuda.get_device_properties(0).total_memory)
@@ -86,6 +89,8 @@ def leave():
     if torch.cuda.is_available():
         peaks["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         peaks["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        peaks["beside_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
     pathlib.Path(out).write_text(json.dumps(peaks))
 
 atexit.register(leave)
@@ -148,11 +153,11 @@ def make_pictures(folder, count, side):
             metadata.write(json.dumps({"file_name": f"{i}.jpg", "text": text}) + "\n")
 
 
-def command(work, module, *flags):
-    """Run python -m module under the cap. -> (what it printed, {seconds_with_imports, peaks})"""
+def command(work, module, *flags, cap=T4_GIB):
+    """Run python -m module under the cap, GiB. -> (what it printed, {seconds_with_imports, peaks})"""
     peaks = work / "peaks.json"
     began = time.perf_counter()
-    argv = [sys.executable, "-c", CAPPED, T4_GIB, peaks, module, *flags]
+    argv = [sys.executable, "-c", CAPPED, cap, peaks, module, *flags]
     printed = subprocess.run(list(map(str, argv)), check=True, stdout=subprocess.PIPE, text=True).stdout
     print(printed)
     return printed, dict(seconds_with_imports=time.perf_counter() - began) | json.loads(peaks.read_text())
@@ -180,12 +185,35 @@ def while_training(work, precompute, precision):
     return found
 
 
+def on_small_cards(work, precompute, precision):
+    """{what and on which card: facts} of precompute on the smallest and of compare on each. precompute: its flags.
+
+    Of each compare also how many pixels differ from those of the card before.
+    """
+    run, found, before = work / "run", {}, {}
+    _, facts = command(work, "data.precompute", "--output_dir", run, *precompute, cap=CARDS[-1] - BESIDE)
+    found[f"precompute, {CARDS[-1]} GiB"] = facts
+    how = ("--max_train_steps", 1, "--rank", 32, "--use_8bit_adam", "--mixed_precision", precision)
+    command(work, "train", "--output_dir", run, *how)
+    for gib in CARDS:
+        prompt = ("--prompt", "a red house in the forest")
+        printed, facts = command(work, "infer", "--output_dir", run, *prompt, "--vram_gib", gib, cap=gib - BESIDE)
+        report = json.loads((run / "compare" / "report.json").read_text())
+        pixels = {path.name: np.asarray(Image.open(path)) for path in (run / "compare").glob("*_0.png")}
+        differs = {name: int((pixels[name] != before[name]).sum()) for name in before}
+        facts |= dict(said=[line for line in printed.splitlines() if line.startswith("memory: ")])
+        facts |= dict(s_per_picture=report["median_s_per_picture"], other_pixels_than_before=differs)
+        found[f"compare, {gib} GiB"], before = facts, pixels
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--toy", action="store_true", help="the small pipeline, few steps")
     parser.add_argument("--single", action="store_true", help="the model in one .safetensors file")
     parser.add_argument("--pictures", action="store_true", help="pictures while training, and nothing else")
+    parser.add_argument("--small", action="store_true", help="precompute and compare on small cards, and nothing else")
     parser.add_argument("--work", type=Path, help="where pipeline and runs go; default OUT/work")
     args = parser.parse_args()
     work = args.work or args.out / "work"
@@ -212,6 +240,11 @@ def main():
     if args.pictures:
         results["trainings"] = while_training(work, (*what, *how), precision)
         (args.out / "pictures.json").write_text(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1))
+        return
+    if args.small:
+        results["small"] = on_small_cards(work, (*what, *how), precision)
+        (args.out / "small.json").write_text(json.dumps(results, indent=1))
         print(json.dumps(results, indent=1))
         return
     printed, facts = command(work, "data.precompute", *common, *what, *how)
