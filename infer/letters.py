@@ -170,7 +170,7 @@ def _opened(path, size):
 @functools.cache
 def _files():
     """Paths of all fonts in the folders where this system has them, the plainest first."""
-    folders = [Path(os.path.expandvars(folder)).expanduser() for folder in _FOLDERS]
+    folders = [Path(os.path.expanduser(os.path.expandvars(folder))) for folder in _FOLDERS]  # ~ where there is no home
     paths = [p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf", ".ttc")]
 
     def order(path):

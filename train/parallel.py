@@ -10,6 +10,7 @@ environment variables who is who (data/common/ranks.py).
 
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -80,9 +81,14 @@ class Ranks(Alone):
         return tensor
 
     def _gone(self):
-        """The ranks of this host whose processes are not there any more."""
+        """The ranks of this host that ended. It waits for them, because who is killed loses its connections first."""
         here = socket.gethostname()
-        return [str(i) for i, (host, pid) in enumerate(self.processes) if host == here and not _lives(pid)]
+        for _ in range(20):
+            gone = [str(i) for i, (host, pid) in enumerate(self.processes) if host == here and not _lives(pid)]
+            if gone:
+                return gone
+            time.sleep(0.1)
+        return []
 
 
 def _lives(pid):

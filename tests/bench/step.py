@@ -65,7 +65,9 @@ def make_cache(folder, pipeline, buckets):
     facts = dict(model=dict(name=str(pipeline), variant="fp16"), content="random", resolution=max(map(max, buckets)))
     facts |= dict(buckets=buckets, posterior_shapes=shapes, text_shape=text, pooled_shape=pooled)
     facts |= dict(scaling_factor=0.13, unconditional=0, vae=facts["model"], components={}, decoder="none", skipped=[])
-    facts |= dict(identity=dict(text_encoders="random", vae="random"), rows=index.size, held_out=0, validation_prompts={})
+    facts |= dict(
+        identity=dict(text_encoders="random", vae="random"), rows=index.size, held_out=0, validation_prompts={}
+    )
     write_index(folder, index.ravel(), np.arange(rows, dtype="<i4"), [str(i) for i in range(index.size)], facts)
 
 
