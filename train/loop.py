@@ -8,7 +8,7 @@ going on after a stop is running the same command again.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from data.cache import Cache, cache_folder
 from data.common.errors import NumbersError, Stopped, UserError
 from data.common.flags import Train
 from data.common.safe import Signals
-from data.models import fused
+from data.models import fused, packed
 from data.models.files import Model, load, torch_dtype
 from data.models.identity import check_unchanged
 from lora import files
 from lora.adapters import Adapters
 from lora.attention import fuse_projections
 from lora.inject import inject
-from train import announce, diffusion, graph, plan
+from train import announce, diffusion, graph, plan, precision
 from train.batches import Batches
 from train.health import Health, describe
 from train.metrics import Metrics
@@ -134,7 +134,10 @@ def setup(settings, folder):
     cache = Cache(cache_folder(folder, settings.cache_dir))
     base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
-    check.gpu_memory(base.unet_config(), dtype, device)
+    config, shapes = base.unet_config(), cache.manifest["posterior_shapes"]
+    settings = replace(settings, base_precision=precision.of_the_base(settings, config, shapes, dtype, device))
+    in_4_bits = settings.base_precision == "nf4"
+    check.gpu_memory(config, dtype, device, in_4_bits)
     check_flags(settings)
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
@@ -144,7 +147,7 @@ def setup(settings, folder):
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
-    unet = load_unet(base, cache, dtype, device)
+    unet = load_unet(base, cache, dtype, device, in_4_bits)
     adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
@@ -179,6 +182,7 @@ def setup(settings, folder):
             prediction_type=scheduler["prediction_type"],
             zero_snr=scheduler["rescale_betas_zero_snr"],
             trigger_phrase=cache.manifest.get("instance_prompt"),
+            base_precision=settings.base_precision,
         ),
         samples=Samples(settings, folder, cache, base, vae, unet),
         start=start,
@@ -242,12 +246,14 @@ def give_up(run, step, error):
     return NumbersError(f"{error} ({where}){kept}")
 
 
-def load_unet(base, cache, dtype, device):
+def load_unet(base, cache, dtype, device, in_4_bits):
     """The base model's UNet, frozen. Raises UserError when it is not of SDXL's kind or does not fit the cached text."""
 
     def prepare(unet):
         fuse_projections(unet)
         fused.fuse(unet, device)
+        if in_4_bits:
+            packed.pack(unet, device)
 
     unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]

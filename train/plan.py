@@ -18,6 +18,8 @@ from data.common.errors import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
 UNUSED = 3 * 2**27  # bytes that the allocator holds without using them: 0.17 to 0.35 GiB were seen at SDXL's size
+CUDA = 9 * 2**30 // 10  # bytes that CUDA, its libraries and captured graphs hold beside it: 0.84 to 0.89 GiB were seen
+LATER = 2**28  # of these, what is taken after the plan was made
 
 
 @dataclass
@@ -55,17 +57,23 @@ def peak(blocks, kept):
     return most + UNUSED
 
 
-def choose(blocks, budget):
+def room(vram_gib, device):
+    """Bytes that the allocator may hold: of --vram_gib what CUDA leaves, and never more than is free."""
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - LATER
+    return min(free, int(vram_gib * 2**30) - CUDA) if vram_gib else free
+
+
+def choose(blocks, budget, ways="a smaller --train_batch_size, --rank or --resolution"):
     """Indices of the blocks to keep: those that save the most time for their memory, as many as fit.
 
-    Raises MachineError with the smallest budget that would do.
+    Raises MachineError with the smallest budget that would do, and `ways` to need less.
     """
     least = peak(blocks, set())
     if least > budget:
         smallest = math.ceil(least / 2**30 * 100) / 100
         raise MachineError(
             f"the memory is too small: at least --vram_gib {smallest:.2f} is needed, with every block recomputed, and "
-            f"{budget / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution"
+            f"{budget / 2**30:.2f} are there; use {ways}"
         )
     kept = set()
     for i in sorted(range(len(blocks)), key=lambda i: blocks[i].seconds / max(1, blocks[i].extra), reverse=True):
@@ -144,16 +152,16 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
         return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     for block in blocks:
-        block.peak += state_bytes + pictures
+        block.peak += state_bytes + pictures + CUDA
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    budget = int(vram_gib * 2**30) if vram_gib else free
+    budget = room(vram_gib, device) + CUDA
     if pictures:
         print(f"memory: {pictures / 2**30:.2f} GiB are kept for pictures of the validation prompts", flush=True)
     kept = choose(blocks, budget)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
     print(
-        f"memory: budget {budget / 2**30:.2f} GiB, predicted peak {peak(blocks, kept) / 2**30:.2f} GiB, "
+        f"memory: budget {budget / 2**30:.2f} GiB, predicted peak {peak(blocks, kept) / 2**30:.2f} GiB "
+        f"({CUDA / 2**30:.2f} of both for CUDA itself), "
         f"{len(recomputed)} of {len(blocks)} blocks recomputed",
         flush=True,
     )
