@@ -82,9 +82,10 @@ def gpu_memory(config, dtype, device, in_4_bits=False):
         needed = bytes_of(UNet2DConditionModel.from_config(config), dtype, in_4_bits)
     total = torch.cuda.mem_get_info(device)[1]
     if needed > total:
+        dtype = "nf4" if in_4_bits else str(dtype).removeprefix("torch.")
         raise errors.MachineError(
             f"{torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, and the UNet's weights alone take "
-            f"{needed / 2**30:.1f} in {'nf4' if in_4_bits else str(dtype).removeprefix('torch.')}; choose a larger GPU, {ON_THE_CPU}"
+            f"{needed / 2**30:.1f} in {dtype}; choose a larger GPU, {ON_THE_CPU}"
         )
 
 

@@ -208,6 +208,7 @@ def plan_and_capture(run):
         optimizer_bytes,
         run.memory_plan,
         run.samples.memory,
+        len(samples),
     )
     plan.recompute(run.unet, run.memory_plan["recomputed"])
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)

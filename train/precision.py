@@ -18,29 +18,30 @@ from train import plan
 
 # What a picture needs where every block is recomputed, counted in tensors (width of the UNet's first level, h, w): the
 # inputs of SDXL's blocks are 35 of them, and the rest is what one block computes.
-ACTIVATIONS = 52
+ACTIVATIONS = 46
 
 
 def of_the_base(settings, config, shapes, dtype, device):
     """-> "plain" or "nf4": what --base_precision says; without it nf4 where the GPU's memory allows nothing else.
 
-    config: the UNet's. shapes: the cache's, (2, 4, h, w) of each bucket. The memory is estimated, because the plan, which
-    measures it, needs the weights.
+    config: the UNet's. shapes: the cache's, (2, 4, h, w) of each bucket. The memory is estimated, because
+    the plan, which measures it, needs the weights.
     """
     if settings.base_precision or device.type != "cuda":
         return settings.base_precision or "plain"
-    needed, there = least(settings, config, shapes, dtype, packed=False), plan.room(settings.vram_gib, device)
+    there, beside = plan.room(settings.vram_gib, device, plan.LIBRARIES + plan.GRAPH * len(shapes))
+    needed = least(settings, config, shapes, dtype, in_4_bits=False)
     if needed <= there or not importlib.util.find_spec("bitsandbytes"):
         return "plain"
     print(
-        f"memory: about {(needed + plan.CUDA) / 2**30:.1f} GiB would be needed with the base in "
-        f"{str(dtype).removeprefix('torch.')}, {(there + plan.CUDA) / 2**30:.1f} are there: --base_precision nf4",
+        f"memory: the base in {str(dtype).removeprefix('torch.')} would need {(needed + beside) / 2**30:.1f} GiB with "
+        f"every block recomputed, {(there + beside) / 2**30:.1f} are there: --base_precision nf4",
         flush=True,
     )
     return "nf4"
 
 
-def least(settings, config, shapes, dtype, packed):
+def least(settings, config, shapes, dtype, in_4_bits):
     """Bytes of GPU memory, estimated, that training takes where every block is recomputed, without CUDA's own."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -49,4 +50,4 @@ def least(settings, config, shapes, dtype, packed):
     of_a_weight += 2 if settings.use_8bit_adam else 8
     pixels = settings.train_batch_size * max(math.prod(shape[-2:]) for shape in shapes)
     activations = ACTIVATIONS * config["block_out_channels"][0] * pixels * dtype.itemsize
-    return bytes_of(unet, dtype, packed) + trained * of_a_weight + activations + plan.UNUSED
+    return bytes_of(unet, dtype, in_4_bits) + trained * of_a_weight + activations + plan.UNUSED

@@ -158,8 +158,8 @@ class Train:
     )
     vram_gib: float | None = flag(
         None,
-        "GPU memory to stay within, GiB, with CUDA's own; as few activations as possible are recomputed; default: what "
-        "is free",
+        "GPU memory to stay within, GiB, all that CUDA holds counted; as little as possible is recomputed; default: "
+        "what is free",
         above=0,
     )
     gradient_checkpointing: bool = flag(

@@ -22,10 +22,10 @@ KIND = "nf4"
 def pack(model, device):
     """Swap the linear layers that `layers` names for packed ones on `device`, one after the other.
 
-    So the device never holds more than one of them unpacked. Call it after all that changes a weight, as
-    fuse_projections does.
+    So the device never holds more than one of them unpacked; the largest comes first, because what it leaves free there
+    holds the next ones. Call it after all that changes a weight, as fuse_projections does.
     """
-    for name, linear in layers(model):
+    for name, linear in sorted(layers(model), key=lambda found: found[1].weight.numel(), reverse=True):
         model.set_submodule(name, PackedLinear(linear, device))
 
 
