@@ -72,17 +72,18 @@ def room(vram_gib, device, later):
     return there - later, beside + later
 
 
-def choose(blocks, budget):
+def choose(blocks, budget, beside=0):
     """Indices of the blocks to keep: those that save the most time for their memory, as many as fit.
 
-    Raises MachineError with the smallest budget that would do.
+    budget: the allocator's. Raises MachineError with the smallest --vram_gib that would do, in which the bytes `beside`
+    the allocator are counted.
     """
     least = peak(blocks, set())
     if least > budget:
-        smallest = math.ceil(least / 2**30 * 100) / 100
+        smallest = math.ceil((least + beside) / 2**30 * 100) / 100
         raise MachineError(
             f"the memory is too small: at least --vram_gib {smallest:.2f} is needed, with every block recomputed, and "
-            f"{budget / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution, or "
+            f"{(budget + beside) / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution, or "
             "--base_precision nf4 where it is not that already"
         )
     kept = set()
@@ -163,17 +164,17 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
         return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     torch.cuda.empty_cache()
-    there, beside = room(vram_gib, device, GRAPH * shapes)
+    budget, beside = room(vram_gib, device, GRAPH * shapes)
     for block in blocks:
-        block.peak += state_bytes + pictures + beside
-    budget = there + beside
+        block.peak += state_bytes + pictures
     if pictures:
         print(f"memory: {pictures / 2**30:.2f} GiB are kept for pictures of the validation prompts", flush=True)
-    kept = choose(blocks, budget)
+    kept = choose(blocks, budget, beside)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
+    predicted = peak(blocks, kept) + beside
     print(
-        f"memory: budget {budget / 2**30:.2f} GiB, predicted peak {peak(blocks, kept) / 2**30:.2f} GiB, "
-        f"{beside / 2**30:.2f} of both for CUDA itself and other programs, "
+        f"memory: budget {(budget + beside) / 2**30:.2f} GiB, predicted peak {predicted / 2**30:.2f} GiB, "
+        f"{beside / 2**30:.2f} of both for CUDA itself and other programs; "
         f"{len(recomputed)} of {len(blocks)} blocks recomputed",
         flush=True,
     )
