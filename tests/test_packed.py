@@ -42,19 +42,22 @@ def unpacked(layer):
 # ---- The layer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=pytest.mark.gpu)])
-def test_output_and_gradient_are_those_of_bitsandbytes_own_layer(dtype, device):
+def test_output_and_gradient_are_those_of_bitsandbytes_own_layer(dtype, tolerance, device):
+    """The packed numbers to the bit; on a GPU its product of few rows adds in another order."""
     plain = linear(dtype=dtype)
     theirs = bitsandbytes.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=False, compute_dtype=dtype)
     theirs.load_state_dict(plain.state_dict())
     ours, theirs = PackedLinear(plain, device).to(device), theirs.to(device)
+    assert torch.equal(ours.packed, theirs.weight.data) and torch.equal(ours.absmax, theirs.weight.quant_state.absmax)
     x = torch.randn(3, 5, 128, dtype=dtype, device=device)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [layer(a) for layer, a in zip((ours, theirs), inputs)]
     for y in outputs:
-        (y * y.detach().sin()).sum().backward()
-    assert torch.equal(*outputs) and torch.equal(*(a.grad for a in inputs))
+        (y * outputs[0].detach().sin()).sum().backward()
+    for found, wanted in (outputs, [a.grad for a in inputs]):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
     off = (ours.weight - plain.weight.to(device)).float().norm() / plain.weight.float().norm()
     assert 0.05 < off < 0.15  # in 4 bits, indeed
 

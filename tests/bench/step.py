@@ -2,7 +2,7 @@
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known
 trainer amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's
-lines run in one process, ours in another, --deterministic in its own; "buckets" is ours with batches of all shapes
+lines run in one process, ours in another, some in their own; "buckets" is ours with batches of all shapes
 about 1024² in turn. Attention "efficient" is PyTorch's memory-efficient kernel alone, the one that a T4 has. All else
 runs on a T4 as well, and so these lines, the reference's and ours, are a T4's. Without a GPU a small UNet runs, which
 shows that the benchmark works and nothing else. Writes OUT/step.json.
@@ -38,6 +38,7 @@ from train.loop import setup
 
 TFLOP = 13.6  # for each sample: the forward, and the backward that frozen weights still need
 BUDGETS = (24, 14.56, 11, 8, 6.5, 5, 4.25)  # with what CUDA itself takes; the last three on a base in NF4
+APART = ("--deterministic", "--vram_gib=4", "--vram_gib=5", "nf4")
 SLOTS, STEPS = 4, 8
 
 
@@ -260,8 +261,9 @@ def gradient_cosines(work):
 
 
 def process(line):
-    """What names the process of a line: lines of one kind share one, --deterministic has its own."""
-    return line.split("@")[0], "--deterministic" in line
+    """What names the process of a line: those of one kind share one, and small budgets have their own, because of what
+    earlier lines leave behind."""
+    return line if any(word in line for word in APART) else line.split("@")[0]
 
 
 def main():
