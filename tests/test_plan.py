@@ -1,5 +1,6 @@
 """Which blocks to recompute: the arithmetic of it, on blocks of random cost; on a GPU, against what the memory does."""
 
+import gc
 import itertools
 import json
 import random
@@ -25,10 +26,13 @@ def blocks(seed, count=8):
 
 def written_out(made, kept):
     """The peak by its definition: the most over all blocks, each with the activations that those before it keep."""
-    return (
-        max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made))
-        + plan.UNUSED
-    )
+    held = [a.extra + a.extra // plan.SHARE if j in kept else 0 for j, a in enumerate(made)]
+    return max(b.peak + sum(held[:i]) for i, b in enumerate(made)) + plan.UNUSED
+
+
+def aside(made, kept):
+    """What the plan sets aside for memory that the allocator holds and does not use."""
+    return plan.UNUSED + sum(made[i].extra for i in kept) // plan.SHARE
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -145,6 +149,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
     """All, half and no blocks recomputed, on a large batch, in an eager run, in bytes that are in use."""
     from train.loop import setup
 
+    gc.collect()  # what earlier tests left on the GPU would go between the plan and the run
     values = settings("train", output_dir=str(cached), train_batch_size=256, rank=4, no_cuda_graph=True)
     seen = []
     real = plan.measure
@@ -161,7 +166,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         run.micro_step(batch)
         torch.cuda.reset_peak_memory_stats()
         run.micro_step(batch)
-        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.UNUSED, rel=0.05)
+        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - aside(made, kept), rel=0.05)
     assert peak(made, everything) - plan.UNUSED > 1.2 * (
         peak(made, set()) - plan.UNUSED
     )  # else the agreement would say nothing

@@ -19,6 +19,7 @@ from train import plan
 # What a picture needs where every block is recomputed, counted in tensors (width of the UNet's first level, h, w): the
 # inputs of SDXL's blocks are 35 of them, and the rest is what one block computes.
 ACTIVATIONS = 46
+WORKSPACES = 3 * 2**25  # bytes that the libraries of matrix products take
 
 
 def of_the_base(settings, config, shapes, dtype, device):
@@ -50,4 +51,4 @@ def least(settings, config, shapes, dtype, in_4_bits):
     of_a_weight += 2 if settings.use_8bit_adam else 8
     pixels = settings.train_batch_size * max(math.prod(shape[-2:]) for shape in shapes)
     activations = ACTIVATIONS * config["block_out_channels"][0] * pixels * dtype.itemsize
-    return bytes_of(unet, dtype, in_4_bits) + trained * of_a_weight + activations + plan.UNUSED
+    return bytes_of(unet, dtype, in_4_bits) + trained * of_a_weight + activations + WORKSPACES + plan.UNUSED
