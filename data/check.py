@@ -3,6 +3,7 @@
 `make check` runs it, and then the whole line on two pictures.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -12,7 +13,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from data.common import disk, errors, safe, setup, system
+from data.common import disk, errors, ranks, safe, setup, system
 
 ON_THE_CPU = "or set CUDA_VISIBLE_DEVICES=-1 to compute on the CPU, which is enough for the toy"
 FP16 = (5, 3)  # the first compute capability whose GPUs calculate in it
@@ -25,6 +26,7 @@ def device():
     """
     import torch
 
+    own_gpu()
     with warnings.catch_warnings(record=True) as said:  # by torch, of a GPU that it cannot use, and at some length
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -40,8 +42,22 @@ def device():
             )
         if not old:
             warnings.warn(words, stacklevel=2)
+    if ranks.local_index() and has_nvidia() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        raise errors.UserError(f"rank {ranks.index()} has no GPU: start at most as many processes as there are GPUs")
     print("no GPU here: the CPU computes", file=sys.stderr, flush=True)
     return torch.device("cpu")
+
+
+@functools.cache  # once, because what is visible then is the one
+def own_gpu():
+    """Let each of torchrun's processes see a GPU of its own, and no other, before CUDA is used.
+
+    A device that is set in one thread is not set in the next, and what a process does not see it does not use.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ranks.count() > 1 and visible not in ("", "-1"):
+        each = visible.split(",") if visible else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = (each[ranks.local_index() :] or [str(ranks.local_index() + len(each))])[0]
 
 
 def _is_in_this_build(capability, built):

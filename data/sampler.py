@@ -1,8 +1,7 @@
 """Randomness and data order as functions of (seed, step, slot), never of history.
 
-A slot is a micro-batch's place in its optimizer step, counted over all ranks: slot = micro · world + rank, where today
-there is one rank. So a resumed run needs no random state, and N ranks will see what one rank with N times the
-accumulation sees.
+A slot is a micro-batch's place in its optimizer step, counted over all ranks: slot = micro · world + rank. So a resumed
+run needs no random state, and N ranks see together what one rank sees alone.
 """
 
 import functools

@@ -108,6 +108,11 @@ def survey(examples, encoders, some_buckets, random_flip, validation_fraction, p
     rows["first_caption"] = first_captions(rows["captions"])
     if validation_fraction and not rows["held_out"].any() and len(np.unique(rows["image_digest"])) > 1:
         rows["held_out"] = rows["image_digest"] == np.sort(rows["image_digest"])[0]  # one picture at least
+    if names and rows["held_out"].all():
+        raise UserError(
+            f"--validation_fraction {validation_fraction}: would hold out all of {many(len(rows), 'row')}, and leave "
+            "none to train on; add pictures, or name a smaller share"
+        )
     return rows, np.frombuffer(bytes(caption_keys), "S32"), names
 
 

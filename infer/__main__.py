@@ -13,6 +13,7 @@ def main(argv):
     settings = parse("infer", argv)
     run = door.can_be_written(settings.output_dir, "--output_dir")
     loras = find(settings.lora_path or [run / "lora.safetensors"])
+    door.look_at(run / "metrics.jsonl", "file")  # now, because the page tells of it after hours of drawing
     if not settings.base_model:
         from data.cache import cache_folder, read_manifest
 

@@ -6,27 +6,17 @@ of `widget` as a gallery.
 
 import re
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from data.common.errors import one_line
-from data.common.flags import Infer, Train
 from data.common.words import many
+from infer import told
 from lora.contents import Contents
 
-TAGS = [
-    "text-to-image",
-    "diffusers",
-    "lora",
-    "template:sd-lora",
-    "stable-diffusion-xl",
-    "stable-diffusion-xl-diffusers",
-]
-LICENSES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++"
-}  # a LoRA is bound to its base's; others: not known
-# Settings that say nothing about what was learned.
-NOT_SHOWN = {"restart", "push_to_hub", "private", "num_train_epochs", "checkpointing_steps", "validation_steps"}
-NOT_SHOWN |= {"vram_gib", "gradient_checkpointing", "no_cuda_graph"}
+TAGS = ["text-to-image", "diffusers", "lora", "template:sd-lora"]
+TAGS += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
+# A LoRA is bound to its base's; others are not known here.
+LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
 @dataclass(frozen=True)
@@ -34,37 +24,24 @@ class Facts:
     """What a card is made of. Nothing in it is a place on this machine."""
 
     repository: str  # USER/NAME
+    run: str  # the name of the run's folder
     weights: Contents  # of lora.safetensors
     files: tuple  # paths in the repository
     step: int | None = None  # after which the weights were saved
     gallery: tuple = ()  # (prompt, path in the repository) of pictures that lora.safetensors made
-    identity: dict | None = None  # of RUN/run.json: the settings, and "base"
-    held_out: tuple = ()  # (step, what metrics.jsonl says of the held-out loss), in order
-    report: dict | None = None  # compare/report.json
-    scores: dict | None = None  # compare/scores.json
+    training: told.Training | None = None  # whose weights they are
+    command: str | None = None  # that drew the pictures
+    scores: tuple = ((), ())  # a table, as told.scores gives it
 
     @property
     def base(self):
         """The base's hub id; None where it is a folder or a file of somebody's machine."""
-        base = str((self.identity or {}).get("base"))
+        base = str(self.training and self.training.settings.get("base"))
         return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base, re.ASCII) else None
 
     @property
     def trigger(self):
         return on_one_line(self.weights.metadata.get("modelspec.trigger_phrase") or "") or None
-
-    @property
-    def settings(self):
-        """{name: value} of the training's settings: numbers, switches, and words that a flag offers. A free text may be
-        a path of this machine or somebody's caption."""
-        found = {}
-        for f in fields(Train):
-            value = (self.identity or {}).get(f.name, f.default)
-            if isinstance(value, str) and value not in (f.metadata["choices"] or ()):
-                continue
-            if f.name not in NOT_SHOWN and isinstance(value, (bool, int, float, str)):
-                found[f.name] = value
-        return found
 
 
 def card(facts):
@@ -126,7 +103,6 @@ def _use(facts):
         f'pipe({prompt!r}, cross_attention_kwargs={{"scale": 1.0}}).images[0].save("picture.png")'
     )
     download = f"https://huggingface.co/{facts.repository}/resolve/main/lora.safetensors"
-    best = "lora-best.safetensors" in facts.files
     return f"""## How to use it
 
 With diffusers:
@@ -139,82 +115,45 @@ Elsewhere: download [lora.safetensors]({download}), name it `{name}.safetensors`
 - for A1111 and Forge into `models/Lora`; write `<lora:{name}:1>` in the prompt.
 
 The number is its strength: 0 is the base, 1 as it was trained, between them a weaker effect, and above 1 a stronger one
-until pictures break. Where it takes over too much of the picture, 0.6 to 0.8 is the usual remedy.{
-        " `lora-best.safetensors` is the save with the lowest held-out loss." if best else ""
-    }"""
+until pictures break. Where it takes over too much of the picture, 0.6 to 0.8 is the usual remedy."""
 
 
 def _made(facts):
-    """The commands, with RUN, PICTURES and BASE for what are places on somebody's machine, and the settings."""
-    if not facts.identity:
+    """The commands, with PICTURES and BASE for what is on somebody's machine, and the settings."""
+    if not facts.training:
         return None
-    declared = {f.name: f.default for f in fields(Train)}
-    flags = {name: value for name, value in facts.settings.items() if value != declared[name]}
-    commands = [_precompute(facts), f"python -m train --output_dir RUN{_words(flags)}"]
-    if facts.identity.get("network_weights"):
-        commands[-1] += " --network_weights LORA"
-    commands += [_infer(facts.report)] if facts.report else []
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.settings.items())
+    commands = [_precompute(facts), told.train_command(facts.training, facts.run), facts.command or ""]
+    changed, default = map(told.in_words, told.settings(facts.training))
     return (
-        f"## How it was made\n\n{_fenced(chr(10).join(commands))}\n\n"
-        f"PICTURES stands for the training's pictures and captions, which are not here.\n\n"
-        f"| setting | value |\n|---|---|\n{rows}"
+        f"## How it was made\n\n{_fenced(chr(10).join(commands).rstrip())}\n\n"
+        "PICTURES stands for the training's pictures and captions, which are not here.\n\n"
+        f"{_table(('setting', 'value'), (changed | default).items())}"
     )
 
 
 def _precompute(facts):
-    flags = dict(pretrained_model_name_or_path=facts.base or "BASE", train_data_dir="PICTURES")
+    words = ["--output_dir", f"runs/{facts.run}", "--pretrained_model_name_or_path", facts.base or "BASE"]
+    words += ["--train_data_dir", "PICTURES"]
     resolution = re.fullmatch(r"(\d+)x\1", facts.weights.metadata.get("modelspec.resolution", ""))
-    flags |= dict(resolution=resolution[1]) if resolution else {}
-    flags |= dict(instance_prompt=one_line(facts.trigger)) if facts.trigger else {}
-    return f"python -m data.precompute --output_dir RUN{_words(flags)}"
-
-
-def _infer(report):
-    declared = {f.name: f.default for f in fields(Infer)}
-    plain = {name: value for name, value in report.items() if isinstance(value, (int, float, str))}
-    flags = {name: value for name, value in plain.items() if name in declared and value != declared[name]}
-    prompts = "".join(
-        f" --{flag} {' '.join(map(shlex.quote, report[name]))}"
-        for flag, name in (("prompt", "prompts"), ("unrelated_prompt", "unrelated_prompts"))
-        if report.get(name)
-    )
-    return f"python -m infer --output_dir RUN{prompts}{_words(flags)}"
-
-
-def _words(flags):
-    """{name: value} as it is typed, with a space in front."""
-    words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
-    return "".join(f" {word}" for word in words)
+    words += ["--resolution", resolution[1]] if resolution else []
+    words += ["--instance_prompt", one_line(facts.trigger)] if facts.trigger else []
+    return shlex.join(["python", "-m", "data.precompute", *words])
 
 
 def _held_out(facts):
-    if not facts.held_out:
+    if not facts.training or not facts.training.held_out:
         return None
-    best = min(facts.held_out, key=lambda measured: measured[1]["difference"])
-    rows = {"best": best, "last": facts.held_out[-1]}
-    lines = [
-        f"| {name} | {step:,} | {found['difference']:+.4f} ± {found['standard_error']:.4f} |"
-        for name, (step, found) in rows.items()
-    ]
-    pictures = many(facts.held_out[-1][1]["pictures"], "picture")
-    return (
-        "## On pictures that it was not trained on\n\n"
-        f"The loss with the LoRA minus the loss of the base, on {pictures} and the same noise, with its standard "
-        "error. Below 0 is better than the base.\n\n"
-        "| save | step | difference |\n|---|---|---|\n" + "\n".join(lines)
-    )
+    return f"## On pictures that it was not trained on\n\n{' '.join(told.verdict(facts.training))}"
 
 
 def _scores(facts):
-    """A table of the scores that the base and the LoRA both have."""
-    base, tuned = ((facts.scores or {}).get(name) for name in ("base", "lora"))
-    if not isinstance(base, dict) or not isinstance(tuned, dict):
-        return None
-    names = [name for name in tuned if all(isinstance(some.get(name), (int, float)) for some in (base, tuned))]
-    cells = [[name.replace("|", " "), f"{base[name]:.2f}", f"{tuned[name]:.2f}"] for name in names]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    return f"## Scores\n\n| | base | LoRA |\n|---|---|---|\n{lines}" if cells else None
+    columns, rows = facts.scores
+    return f"## Scores\n\n{_table(['', *columns], rows)}" if columns else None
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(one_line(cell).replace('|', ' ') for cell in line)} |" for line in lines)
 
 
 def on_one_line(text):

@@ -4,7 +4,6 @@ A picture is a function of the model, the seed, the prompt, the LoRA and its sca
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,12 @@ from data.progress import progress
 from infer.grid import grid
 from infer.report import write_report
 from infer.sample import make_pipeline, noise, sample, write_png
+from infer.told import PICTURE, without_places
 from lora import files
 from lora.attention import fuse_projections
 from lora.inject import take_out
 
 UNRELATED = "without the concept: what changes here has leaked"
-PICTURE = re.compile(r"(baseline|finetuned(-[2-9]|-[1-9][0-9]+)?)_(0|[1-9][0-9]*)\.png")
 
 
 def compare(settings, run, loras, command):
@@ -40,7 +39,7 @@ def compare(settings, run, loras, command):
     `settings` is flags.Infer, `run` the run's folder, `loras` what loras.find gave. command: how this was called.
     """
     model, vae_model, resolution, unet_print = models(settings, run)
-    hold_to(model, loras, unet_print)
+    check_files_and_base(model, loras, unet_print)
     warn_of_trigger_words(loras, settings.prompt, settings.unrelated_prompt or ())
     check_steps(model, settings.num_inference_steps)
     device = check.device()
@@ -66,10 +65,10 @@ def compare(settings, run, loras, command):
     folder = run / "compare"
     remove_what_an_earlier_call_left(folder)
     scales = list(dict.fromkeys(settings.lora_scale or [1.0]))
-    count = 1 + len(loras) * len(scales)
-    pictures = many(count * len(prompts), "picture")
-    print(f"{many(count, 'row')} of {many(len(prompts), 'prompt')}: {pictures}", flush=True)
-    with progress("compare", "picture", count * len(prompts)) as bar:
+    row_count = 1 + len(loras) * len(scales)
+    pictures = many(row_count * len(prompts), "picture")
+    print(f"{many(row_count, 'row')} of {many(len(prompts), 'prompt')}: {pictures}", flush=True)
+    with progress("compare", "picture", row_count * len(prompts)) as bar:
         how = settings.num_inference_steps, settings.guidance_scale
         drawing = Drawing(pipeline, list(zip(embeddings, starts)), how, folder, bar)
         rows = [dict(label="base", lora=None, scale=0.0) | drawing.row("baseline") | dict(mean_pixel_change=None)]
@@ -88,7 +87,7 @@ def compare(settings, run, loras, command):
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         resolution=[side * pipeline.vae_scale_factor] * 2,
-        command=command,
+        command=without_places(command, run),
         rows=rows,
         lora=rows[1]["lora"] | dict(scale=rows[1]["scale"]),  # of the first LoRA, as is the next
         mean_pixel_change=rows[1]["mean_pixel_change"],
@@ -98,11 +97,11 @@ def compare(settings, run, loras, command):
     with atomic_write(folder / "report.json", "w") as file:
         json.dump(report, file, indent=1)
     print(table(rows, len(settings.prompt)))
-    print(f"{folder / 'grid.png'}: {many(count, 'row')}, the base's first")
+    print(f"{folder / 'grid.png'}: {many(row_count, 'row')}, the base's first")
     print(f"{write_report(run)}: everything on one page, for any browser")
 
 
-def hold_to(model, loras, unet_print):
+def check_files_and_base(model, loras, unet_print):
     """Look at all of every file now, because after hours of drawing it would be late, and hold it to the base.
 
     Raises UserError when one is damaged or for another architecture; says it when one was trained on another base.

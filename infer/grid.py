@@ -24,18 +24,17 @@ def grid(rows, groups):
     are those of the columns, in their order. Groups that have room are beside each other, else below.
     """
     letters = Letters(TEXT)
-    count = sum(len(prompts) for _, prompts in groups)
-    cell = next((cell for cell in CELLS if len(rows) * count * cell**2 <= LARGEST), CELLS[-1])
+    pictures = list(zip(*(paths for _, paths in rows)))  # a column for each prompt
+    cell = next((cell for cell in CELLS if len(rows) * len(pictures) * cell**2 <= LARGEST), CELLS[-1])
     labels = [_wrap(label, letters, LABEL) for label, _ in rows]
     left = MARGIN + max(round(letters.width(line)) for lines in labels for line in lines) + 14
-    pictures = list(zip(*(paths for _, paths in rows)))  # a column for each prompt
-    blocks = [_block(labels, pictures, groups, cell, left, letters)] if count <= COLUMNS else []
-    for heading, prompts in groups if count > COLUMNS else ():
+    parts, columns = [], iter(pictures)
+    for heading, prompts in groups:
         each = math.ceil(len(prompts) / math.ceil(len(prompts) / COLUMNS))  # nine are five and four, not eight and one
         for first in range(0, len(prompts), each):
-            some = [(None if first else heading, prompts[first : first + each])]
-            blocks.append(_block(labels, pictures[first : first + each], some, cell, left, letters))
-        pictures = pictures[len(prompts) :]
+            parts.append((None if first else heading, list(zip(prompts[first : first + each], columns))))
+    beside = [parts] if len(pictures) <= COLUMNS else [[part] for part in parts]
+    blocks = [_block(labels, some, cell, left, letters) for some in beside]
     height = 2 * MARGIN + sum(block.height for block in blocks) + APART * (len(blocks) - 1)
     out = Image.new("RGB", (max(block.width for block in blocks), height), PAPER)
     top = MARGIN
@@ -47,29 +46,29 @@ def grid(rows, groups):
     return out
 
 
-def _block(labels, pictures, groups, cell, left, letters):
-    """-> PIL image. labels: each row's, in lines. pictures: each column's paths. left: where the pictures begin."""
-    title, step = Letters(HEADING), cell + GAP
-    prompts = [_wrap(prompt or '""', letters, cell - 8) for _, some in groups for prompt in some]
-    widths = [len(some) * step - GAP for _, some in groups]
-    rooms = widths if len(groups) > 1 else [max(widths[0], TITLE)]
-    headings = [_wrap(heading, title, room) if heading else [] for (heading, _), room in zip(groups, rooms)]
-    rule = max(map(len, headings)) * (HEADING + 6) + 4
-    top = (rule + 14 if any(headings) else 0) + max(map(len, prompts)) * LINE + 4
-    widths = [max([width, *map(title.width, lines)]) for width, lines in zip(widths, headings)]
-    width = left + round(sum(widths)) + APART * (len(groups) - 1) + MARGIN
+def _block(labels, parts, cell, left, letters):
+    """-> PIL image. labels: each row's, in lines. parts: [(heading or None, [(prompt, its pictures)])], side by side.
+    left: where the pictures begin."""
+    title, step, drawn = Letters(HEADING), cell + GAP, []
+    for heading, columns in parts:
+        width = len(columns) * step - GAP
+        lines = _wrap(heading, title, width if len(parts) > 1 else max(width, TITLE)) if heading else []
+        columns = [(_wrap(prompt or '""', letters, cell - 8), paths) for prompt, paths in columns]
+        drawn.append((lines, columns, max([width, *map(title.width, lines)])))
+    rule = max(len(lines) for lines, *_ in drawn) * (HEADING + 6) + 4
+    top = (rule + 14 if rule > 4 else 0) + max(len(text) for _, some, _ in drawn for text, _ in some) * LINE + 4
+    width = left + round(sum(width for *_, width in drawn)) + APART * (len(drawn) - 1) + MARGIN
     block = Image.new("RGB", (width, top + len(labels) * step - GAP), PAPER)
     x = left
-    for (_, some), lines, width in zip(groups, headings, widths):
+    for lines, columns, width in drawn:
         _write(block, x, rule - 10, lines, title, INK)
         if lines:
             ImageDraw.Draw(block).line((x, rule, x + width, rule), RULE, 1)
-        for _ in some:
-            _write(block, x, top - 10, prompts.pop(0), letters, INK)
-            for y, path in enumerate(pictures[0]):
+        for text, paths in columns:
+            _write(block, x, top - 10, text, letters, INK)
+            for y, path in enumerate(paths):
                 with Image.open(path) as picture:
                     block.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + y * step))
-            pictures = pictures[1:]
             x += step
         x += APART - GAP
     for y, lines in enumerate(labels):

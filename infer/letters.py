@@ -21,9 +21,10 @@ _FIRST = ("dejavusans", "notosansregular", "segoeui", "arialunicode", "arial", "
 _STYLES = "bold|italic|oblique|light|thin|black|medium|extra|semi|condensed|narrow|mono|serif|math|symbol|emoji|emj"
 _NO_FONT = ("lastresort",)  # it has a box for everything
 _BITMAPS = (109, 160, 136, 128, 64)  # the one size of a font whose characters are pictures
-_MISSING = "\U0010ffff"  # no character: a font draws for it what it draws for all that it lacks
+_MISSING = "\U0010ffff"  # no character
 _EMOJI = "\ufe0f"  # behind a character: in an emoji's colours
 _JOINER, _TONES = "\u200d", "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # several characters are one emoji
+_OPEN, _CLOSE = "\x02\x03"  # the brackets around a name, which no text has until all is named
 _HEBREW_ARABIC = r"[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]+"
 
 
@@ -38,26 +39,21 @@ class Letters:
 
         Characters that have no shape of their own, such as controls and marks of direction, are left out.
         """
-        out, named, last = "", False, None  # last: what was named, with nothing but spaces since
+        out = ""
         for char in _with_shapes(text):
-            is_mark = unicodedata.category(char)[0] == "M"
-            if char in (_EMOJI, _JOINER):
-                out += "" if named else char
-            elif char == " ":
-                out, named = out + char, False
-            elif _font(self.size, char) and not (is_mark and named):
-                out, named, last = out + char, False, None
+            plain = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
+            belongs = char in (_EMOJI, _JOINER)  # to the character before it, as marks do
+            if out.endswith(_CLOSE) and (belongs or unicodedata.category(char)[0] == "M"):
+                continue
+            if char == " " or belongs or _font(self.size, char):
+                out += char
+            elif all(_font(self.size, c) for c in plain):
+                out += plain
             else:
-                plain = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
-                named = named if plain == "" else plain == char or not all(_font(self.size, c) for c in plain)
-                if named and (name := _in_words(char)) == last:  # a sentence is not named letter by letter
-                    out = out.rstrip()
-                elif named:
-                    self.lacking += [name] if name not in self.lacking else []
-                    out, last = f"{out}[{name}]", name
-                else:
-                    out, last = out + plain, None
-        return out
+                out += f"{_OPEN}{_in_words(char)}{_CLOSE}"
+        out = re.sub(f"({_OPEN}[^{_CLOSE}]+{_CLOSE})( *\\1)+", r"\1", out)  # a sentence is not named letter by letter
+        self.lacking = list(dict.fromkeys(self.lacking + re.findall(f"{_OPEN}([^{_CLOSE}]+)", out)))
+        return out.replace(_OPEN, "[").replace(_CLOSE, "]")
 
     def width(self, text):
         """Pixels, of a text that legible() gave."""
@@ -108,7 +104,7 @@ def _needs_no_other(found, char):
     if char in (_EMOJI, _JOINER, *_TONES):
         return True
     kind = unicodedata.category(char)
-    return (kind[0] in "ZM" or kind in ("Pe", "Pf", "Po", "Pd")) and _has(*found, char)
+    return (kind[0] in "ZM" or kind in ("Pe", "Pf", "Po", "Pd")) and _has(found[0], char)
 
 
 @functools.cache
@@ -144,20 +140,16 @@ def _font(size, char, as_emoji=False):
     if as_emoji or ord(char) >= 0x1F000:
         files = sorted(files, key=lambda path: not re.search("emoji|emj", path.stem.lower()))
     for found in (_opened(path, size) for path in (*files, None)):
-        if found and _has(*found, char):
+        if found and _has(found[0], char):
             return found
     return None
 
 
-def _has(font, scale, char):
-    """Whether a font has a glyph for the character."""
-    return _shape(font, char) != _shape(font, _MISSING)
-
-
 @functools.lru_cache(10_000)
-def _shape(font, char):
-    mask = font.getmask(char, mode="L")
-    return mask.size, bytes(mask)
+def _has(font, char):
+    """Whether a font has a glyph for the character, and not what it draws for all that it lacks."""
+    shape, missing = (font.getmask(c, mode="L") for c in (char, _MISSING))
+    return shape.size != missing.size or bytes(shape) != bytes(missing)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from data.common.disk import sha256_file
 from data.common.errors import UserError, one_line
 from lora.contents import Contents, look
 
-_SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
+SAVE = re.compile(r"lora-([0-9]{6,})\.safetensors")  # as train writes them
 _MARKS = {"lora-best.safetensors": "best", "lora.safetensors": "final"}  # of a run as well, behind its saves
 
 
@@ -61,7 +61,7 @@ def find(paths):
 
 def _told(contents):
     name = contents.path.name
-    if save := _SAVE.fullmatch(name):
+    if save := SAVE.fullmatch(name):
         return Lora(contents, (), int(save[1]))
     return Lora(contents, (_MARKS.get(name) or one_line(contents.path.stem),))
 
@@ -76,14 +76,15 @@ def _in_folder(folder):
             print(f"left out: {error}")
     if not loras:
         raise UserError(f"{folder}: a folder without a LoRA that can be loaded; name another, or a .safetensors file")
-    order = list(_MARKS)
-    return sorted(  # saves, the best, the final one, others
-        loras, key=lambda l: (l.step is None, l.step or (order.index(l.path.name) if l.path.name in order else 2))
-    )
+    # Saves, the best, the final one, others; two that are alike here stay in the order of their names.
+    return sorted(loras, key=lambda lora: (lora.step is None, lora.step or 0, lora.path.name not in _MARKS))
 
 
 def _told_apart(loras):
-    """With the run's name where two runs are compared, whose saves are of the same steps."""
+    """With the run's name where files of several runs are compared, and where other files have the same name."""
+    of_runs = [lora.path for lora in loras if lora.step is not None or lora.path.name in _MARKS]
+    if len({path.resolve().parent for path in of_runs}) > 1:
+        loras = [replace(lora, run=lora.path.resolve().parent.name) if lora.path in of_runs else lora for lora in loras]
     for run in (lambda path: path.parent.name, lambda path: f"{path.parent.parent.name}/{path.parent.name}"):
         often = Counter(lora.label for lora in loras)
         loras = [replace(lora, run=run(lora.path.resolve())) if often[lora.label] > 1 else lora for lora in loras]

@@ -9,7 +9,6 @@ No torch here: train/__main__.py calls ask() before it imports anything large, a
 """
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -17,26 +16,25 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.cache import read_began
 from data.common import door, safe
 from data.common.disk import naming, sha256_file
 from data.common.errors import MachineError, UserError, one_line
 from data.common.fields import read_json
 from data.common.flags import parse
 from data.common.words import many
+from infer import told
 from infer.card import Facts, card
+from infer.loras import SAVE
 from lora.contents import look
 
 SECONDS = 120  # that the hub may take for an answer
 SAMPLES = 4  # pictures of the training's end
 # What may lie in a repository because an earlier call put it there, and goes when the run has it no more.
-OURS = re.compile(
-    r"lora-best\.safetensors|compare/(grid\.png|report\.html|(baseline|finetuned)(-\d+)?_\d+\.png)|samples/\d+_\d+\.png"
-)
-PICTURE = re.compile(r"(baseline|finetuned)(-\d+)?_\d+\.png")
-SAVE = re.compile(r"lora-(\d{6,})\.safetensors")
-HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors
 SAMPLE = re.compile(r"(\d{6,})_(\d+)\.png")
+OURS = re.compile(
+    rf"lora-best\.safetensors|compare/(grid\.png|report\.html|{told.PICTURE.pattern})|samples/{SAMPLE.pattern}"
+)
+HASH = "sshs_model_hash"  # in a file's metadata: the sha256 of its tensors
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -123,15 +121,15 @@ def contents(run, repository):
     Pictures are published when report.json says that these weights drew them. Raises UserError naming what is missing
     or not what it should be.
     """
-    weights, began = weights_of(run), read_began(run)
+    weights = weights_of(run)
     final = weights[run / "lora.safetensors"]
     files = {path.name: path for path in weights}
-    facts = dict(repository=repository, weights=final, step=step_of(run, final))
-    facts |= dict(identity=began and began["identity"], held_out=held_out(run / "metrics.jsonl"))
+    facts = dict(repository=repository, run=run.resolve().name, weights=final, step=step_of(run, final))
+    facts |= dict(training=told.training(run))
     digests = {path.name: sha256_file(path) for path in weights}
     if report := report_of(run, digests.values()):
         folder = run / "compare"
-        names = [name for row in report["rows"] for name in row["pictures"] if PICTURE.fullmatch(name)]
+        names = [name for row in report["rows"] for name in row["pictures"] if told.PICTURE.fullmatch(name)]
         files |= {f"compare/{name}": _png(folder / name) for name in [*names, "grid.png"]}
         if os.path.lexists(folder / "report.html"):
             files |= _page(folder / "report.html", run)
@@ -139,7 +137,7 @@ def contents(run, repository):
         row = min(rows, key=lambda row: abs(row["scale"] - 1), default=dict(pictures=[]))  # as it was trained
         gallery = zip(report["prompts"], (f"compare/{name}" for name in row["pictures"]))
         facts |= dict(gallery=tuple(shown for shown in gallery if shown[1] in files))
-        facts |= dict(report=report, scores=scores_of(folder))
+        facts |= dict(command=report.get("command"), scores=told.scores(folder))
     files |= {f"samples/{path.name}": _png(path) for path in last_samples(run / "samples")}
     files["README.md"] = card(Facts(files=tuple(files), **facts)).encode()
     return files
@@ -186,36 +184,11 @@ def report_of(run, digests):
     return report
 
 
-def scores_of(folder):
-    """compare/scores.json where it is of the pictures that are there now, else None."""
-    path = folder / "scores.json"
-    if path.exists() and path.stat().st_mtime >= (folder / "report.json").stat().st_mtime:
-        scores = read_json(path, "delete it, or make it again")
-        return scores if isinstance(scores, dict) else None
-    return None
-
-
 def last_samples(folder):
     """Paths of the first pictures that were drawn at the training's last save."""
-    found = [
-        (int(name[1]), int(name[2]), path) for path in folder.glob("*.png") if (name := SAMPLE.fullmatch(path.name))
-    ]
-    last = max((step for step, _, _ in found), default=None)
-    return [path for step, _, path in sorted(found) if step == last][:SAMPLES]
-
-
-def held_out(path):
-    """((step, what was measured), …) of the lines of metrics.jsonl that have a held-out loss; half a line is none."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), naming(path), open(path, encoding="utf-8", errors="replace") as file:
-        for line in filter(lambda line: '"held_out"' in line, file):
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                read = json.loads(line)
-                measured = {
-                    name: float(read["held_out"][name]) for name in ("difference", "standard_error", "pictures")
-                }
-                found.append((int(read["step"]), measured | dict(pictures=int(measured["pictures"]))))
-    return tuple(found)
+    named = [(name, path) for path in folder.glob("*.png") if (name := SAMPLE.fullmatch(path.name))]
+    found = sorted((int(name[1]), int(name[2]), path) for name, path in named)
+    return [path for step, _, path in found if step == found[-1][0]][:SAMPLES]
 
 
 def _content(path):

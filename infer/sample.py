@@ -46,11 +46,17 @@ def noise(seed, prompt, shape):
 
 
 @torch.inference_mode()
-def sample(pipeline, embeddings, latents, steps, guidance):
+def sample(pipeline, embeddings, latents, steps, guidance, asked_to_stop=lambda: False):
     """Draw one picture (PIL) from the noise `latents` (1, 4, h, w), whose size decides the picture's.
 
-    embeddings: text (1, L, 2048), pooled (1, 1280), then both of the negative prompt.
+    embeddings: text (1, L, 2048), pooled (1, 1280), then both of the negative prompt. asked_to_stop(): looked at after
+    each of the sampler's steps; a picture that is not finished is None.
     """
+
+    def after_step(pipeline, *_):
+        pipeline._interrupt = asked_to_stop()  # diffusers' documented way to leave out the steps that remain
+        return {}
+
     pipeline.set_progress_bar_config(disable=True)
     unet, factor = pipeline.unet, pipeline.vae_scale_factor
     text, pooled, negative_text, negative_pooled = (e.to(unet.device, unet.dtype) for e in embeddings)
@@ -65,7 +71,10 @@ def sample(pipeline, embeddings, latents, steps, guidance):
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="np",
+        callback_on_step_end=after_step,
     ).images
+    if asked_to_stop():
+        return None
     if not np.isfinite(pixels).all():
         raise NumbersError(
             "a picture's numbers are not finite, it would be black; try a smaller --lora_scale, "

@@ -230,7 +230,7 @@ class Forked:
 
 
 MODULES = {"data.precompute": "data.precompute", "train": "train.__main__", "infer": "infer.__main__"}
-MODULES |= {"train.metrics": "train.curves"}
+MODULES |= {"train.metrics": "train.plot"}
 MODULES["infer.publish"] = "infer.publish"
 
 

@@ -72,6 +72,15 @@ def test_the_update_shows_and_the_command_equals_the_function(run, trained):
     assert first["baseline_0.png"].shape == (64, 64, 3)  # the cache's resolution
 
 
+def test_metrics_that_the_page_cannot_read_are_found_at_the_door(trained):
+    """After hours of drawing there would be pictures and no page."""
+    (trained / "metrics.jsonl").unlink()
+    (trained / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: not a file; move it away"):
+        compare(trained, "a fox")
+    assert not (trained / "compare").exists()
+
+
 @pytest.mark.slow
 def test_other_prompts_beside_it_change_no_pixel(run, trained):
     """Noise from one generator for all would make every picture depend on the order of the prompts."""
@@ -108,6 +117,7 @@ def wide(run, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_function_of_prompt_lora_and_scale_alone(run, trained, wide, monkeypatch):
     """Bit for bit, whatever else is drawn before and beside it; and one LoRA at a time is in memory.
 
@@ -155,7 +165,7 @@ def test_the_report_tells_of_every_row(run, trained, wide, capsys):
     assert told["prompts"] == [PROMPTS[0]] and told["unrelated_prompts"] == ["a car", "a dog"]
     assert told["resolution"] == [64, 64]
     assert told["command"].startswith(
-        f"python -m infer --output_dir {trained} --prompt 'a red fox in the forest' --num"
+        "python -m infer --output_dir runs/small --prompt 'a red fox in the forest' --num"
     )
     assert [row["label"] for row in told["rows"]] == ["base", "wide × 0.5", "wide × 1"]
     base, *rows = told["rows"]

@@ -14,8 +14,13 @@ from conftest import ROOT, Forked, command, here, one_line_error
 from PIL import Image
 
 from data.common.errors import UserError
-from train import curves
-from train.curves import Axis, names, panels, picture, read, running_mean, series, thinned, words
+from train import curves, plot
+from train.curves import MAIN, Axis, panels, running_mean, series, thinned, words
+from train.plot import names, picture
+
+
+def read(run):
+    return curves.read(run / "metrics.jsonl")
 
 
 def write(run, steps, more=lambda step: {}, end=""):
@@ -38,13 +43,13 @@ def held_out(step):
 
 def shown(*runs, unicode=True, colours=False):
     found = [series(read(run)) for run in runs]
-    return curves.in_characters(names(runs), found, unicode, colours)
+    return plot.in_characters(names(runs), found, unicode, colours)
 
 
 def chart(lines, title):
     """-> the rows of the chart under a title, without the labels at its side."""
     at = next(n for n, line in enumerate(lines) if line.startswith(title))
-    return [line.split("│", 1)[1].ljust(67) for line in lines[at + 1 : at + 1 + curves.ROWS]]
+    return [line.split("│", 1)[1].ljust(67) for line in lines[at + 1 : at + 1 + plot.ROWS]]
 
 
 # ---- Reading
@@ -96,7 +101,7 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path, name, value):
         file.write(f'{{"step": 6, "held_out": {{"difference": {value}, "bands": {value}}}}}\n')
     found = series(read(tmp_path))
     assert found["grad_norm"][0] == [1, 2, 3, 4, 5] and found.get(name, ([4],))[0][-1] == 4
-    shown(tmp_path), panels([found], fine=True)
+    shown(tmp_path), panels([found])
 
 
 def test_a_step_that_stands_there_twice_counts_once_and_steps_are_in_order(tmp_path):
@@ -130,14 +135,15 @@ def test_thinning_loses_no_peak():
     assert thinned([1, 2], [5.0, 6.0], 100) == [(1, 5.0), (2, 6.0)]
 
 
-@pytest.mark.parametrize("axis", [Axis(0, 1), Axis(-0.024, 0.0), Axis(1e-6, 4e-3, 10), Axis(9e3, 9e4, 2), Axis(0, 1e5)])
+@pytest.mark.parametrize(
+    "axis", [Axis(0, 1), Axis(-0.024, 0.0), Axis(1e-6, 4e-3, 10), Axis(9e3, 9e4, 2), Axis(0, 1e5), Axis(0, 3, least=1)]
+)
 def test_ticks_are_few_round_and_within(axis):
-    ticks = axis.ticks(6)
-    assert 2 <= len(ticks) <= 7
+    ticks, texts = zip(*axis.ticks(6))
+    assert 2 <= len(ticks) <= 7 and (not axis.least or ticks == (0, 1, 2, 3))
     steps = {f"{after / before if axis.base else after - before:.0e}" for before, after in zip(ticks, ticks[1:])}
     assert len(steps) == 1 and steps.pop()[0] in ("1248" if axis.base else "125")
     assert all(axis.low * (1 - 1e-9) - 1e-9 <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
-    texts = [text for _, text in curves.labelled(ticks)]
     assert len(set(texts)) == len(ticks)
     for tick, text in zip(ticks, texts):  # what is written is where the line is
         assert float(text.replace(",", "")) == pytest.approx(tick, rel=1e-6)
@@ -159,22 +165,22 @@ def test_a_falling_loss_falls_from_left_to_right_and_every_dot_is_where_its_valu
     columns = sorted(heights)
     assert columns[0] <= 2 and columns[-1] == 66 and len(columns) >= 60
     assert [heights[column] for column in columns] == sorted(heights.values())
-    assert heights[columns[0]] == 0 and heights[columns[-1]] == curves.ROWS - 1
+    assert heights[columns[0]] == 0 and heights[columns[-1]] == plot.ROWS - 1
 
 
 def test_braille_has_its_dots_where_unicode_says(tmp_path):
     """By the characters' names, such as BRAILLE PATTERN DOTS-178."""
     found = series(read(write(tmp_path, 500, lambda n: dict(loss=math.sin(n / 40)))))
-    rows = chart(curves.in_characters(["x"], [found], unicode=True, colours=False), "loss")
+    rows = chart(plot.in_characters(["x"], [found], unicode=True, colours=False), "loss")
     places = {"1": (0, 0), "2": (0, 1), "3": (0, 2), "4": (1, 0), "5": (1, 1), "6": (1, 2), "7": (0, 3), "8": (1, 3)}
     dots = set()
     for row, line in enumerate(rows):
         for column, cell in enumerate(line.rstrip()):
             for dot in unicodedata.name(cell).partition("DOTS-")[2]:
                 dots.add((2 * column + places[dot][0], 4 * row + places[dot][1]))
-    panel = panels([found], fine=False)[0]
-    size = (2 * (curves.WIDTH - curves.LABELS - 2), 4 * curves.ROWS)
-    assert dots == set(curves._dots(panel.curves[0], Axis(0, 500), panel.axis, *size))
+    panel = panels([found], (MAIN,))[0]
+    size = (2 * plot.COLUMNS, 4 * plot.ROWS)
+    assert dots == set(plot._dots(panel.curves[0], Axis(0, 500), panel.axis, *size))
 
 
 def test_several_runs_have_a_letter_each(tmp_path):
@@ -204,26 +210,26 @@ def test_what_is_said_of_a_run(tmp_path):
 
 
 def test_there_is_a_panel_for_what_there_is(tmp_path):
-    titles = lambda *runs: [panel.title.split(",")[0].split(";")[0] for panel in panels(list(runs), fine=True)]
+    titles = lambda *runs: [panel.title.split(",")[0].split(";")[0] for panel in panels(list(runs))]
     plain = series(read(write(tmp_path / "a", 200)))
     full = series(read(write(tmp_path / "b", 20, lambda n: held_out(n) | dict(loss_scale=2.0**n))))
-    assert titles(plain) == ["loss", "learning rate"]  # a scale of 1 is none
+    assert titles(plain) == ["loss", "learning rate"]  # a scale that never moves is none
     assert titles(plain, full) == ["loss", "held-out loss minus the base's", "learning rate", "loss scale"]
-    assert [curve.run for curve in panels([plain, full], fine=True)[3].curves] == [1]
-    assert panels([plain], fine=True)[0].title == "loss, mean of 9 steps"
-    assert panels([plain, full], fine=True)[0].title == "loss, mean of 1 to 9 steps"
+    assert [curve.run for curve in panels([plain, full])[3].curves] == [1]
+    assert panels([plain])[0].title == "loss, mean of 9 steps"
+    assert panels([plain, full])[0].title == "loss, mean of 1 to 9 steps"
 
 
 def test_learning_rates_far_apart_are_on_a_logarithmic_axis():
     run = lambda peak: dict(lr=([1, 2, 3], [peak / 2, peak, 0.0]))
-    assert panels([run(1e-4), run(2e-4)], fine=True)[0].axis.base is None
-    axis = panels([run(1e-5), run(1e-3)], fine=True)[0].axis
+    assert panels([run(1e-4), run(2e-4)])[0].axis.base is None
+    axis = panels([run(1e-5), run(1e-3)])[0].axis
     assert axis.base == 10 and axis.place(1e-5) > 0.2 and axis.place(0.0) == 0 and axis.place(1e-3) > 0.9
 
 
 @pytest.mark.parametrize("values", [(0.1, 1.0), (-2.0, -1.9), (0.0, 5.0), (-3.0, 0.0), (-1.0, 1.0), (2.0, 2.0), (0.0,)])
 def test_an_axis_has_room_around_its_values_and_does_not_pass_0_for_it(values):
-    axis = panels([dict(loss=(list(range(1, 1 + len(values))), list(values)))], fine=False)[0].axis
+    axis = panels([dict(loss=(list(range(1, 1 + len(values))), list(values)))])[0].axis
     assert axis.low <= min(values) and axis.high >= max(values) and axis.low < axis.high
     assert (axis.low >= 0) == (min(values) >= 0) and (axis.high <= 0) <= (max(values) <= 0)
 
@@ -232,10 +238,10 @@ def test_one_outlier_does_not_press_the_others_flat():
     steps = list(range(1, 1001))
     values = [0.1 + 0.01 * math.sin(step) for step in steps]
     values[500] = 1e6
-    assert panels([dict(loss=(steps, values))], fine=True)[0].axis.high > 1  # its mean is there
+    assert panels([dict(loss=(steps, values))])[0].axis.high > 1  # its mean is there
     flat = [0.1] * 1000
     flat[500] = 50.0
-    panel = panels([dict(loss=(steps, flat))], fine=True)[0]
+    panel = panels([dict(loss=(steps, flat))])[0]
     assert panel.axis.high < 2 and panel.axis.place(50.0) == 1
 
 
@@ -251,16 +257,16 @@ def test_the_picture_shows_each_run_in_its_colour_where_its_values_are(tmp_path)
     page = picture(["low", "high"], [low, high])
     assert page.width == 1200 and page.height < 2000
     top = 200  # below the legend
-    panel = [spots[(spots[:, 0] > top) & (spots[:, 0] < 700)] for spots in (colour_of(page, c) for c in curves.COLOURS)]
+    panel = [spots[(spots[:, 0] > top) & (spots[:, 0] < 700)] for spots in (colour_of(page, c) for c in plot.COLOURS)]
     assert panel[0][:, 0].mean() > panel[1][:, 0].mean() + 200  # 0.1 is below 0.9
     assert all(spots[:, 1].max() > 1150 and spots[:, 1].min() < 220 for spots in panel[:2])
     assert not any(len(spots) for spots in panel[2:5])
 
 
 def test_eight_colours_are_told_apart():
-    rgb = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in curves.COLOURS]
+    rgb = [[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in plot.COLOURS]
     apart = [max(abs(a - b) for a, b in zip(x, y)) for n, x in enumerate(rgb) for y in rgb[:n]]
-    assert min(apart) >= 60 and len(curves.ANSI) == len(rgb) == len(set(curves.ANSI))
+    assert min(apart) >= 60 and len(plot.ANSI) == len(rgb) == len(set(plot.ANSI))
 
 
 # ---- The command

@@ -1048,7 +1048,7 @@ def test_the_hub_token_is_in_no_byte_also_where_commands_fail(where, pictures, t
     outcome(Forked("data.precompute", words, next_log()), 2)
     outcome(precomputer(run, pictures, next_log()), 0)
     with monkeypatch.context() as broken:
-        broken.setattr("train.loop.save_state", lambda *_: 1 / 0)
+        broken.setattr("train.writer.save_state", lambda *_: 1 / 0)
         outcome(trainer(run, next_log(), *steps), 1)
     assert "ZeroDivisionError" in output
     outcome(trainer(run, next_log(), *steps), 0)

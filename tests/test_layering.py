@@ -35,7 +35,7 @@ MAY = {  # a folder, or one file of it, and what it may import; the longest name
         "data.progress",
         "train.curves",
     },
-    "train/curves.py": {"data.common"},  # reads without torch
+    "train/curves.py": {"data.common"},  # infer reads with it too
     "infer/sample.py": {"data.common", "data.models"},  # the trainer imports it
 }
 PACKAGES = {"lora", "data", "train", "infer"}

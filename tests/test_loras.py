@@ -67,7 +67,8 @@ def test_two_runs_are_told_apart_by_their_names_and_if_need_be_by_their_places(r
     other = lora(run.parent / "dogs" / "lora-000050.safetensors", 11)
     lora(run.parent / "dogs" / "lora-000060.safetensors", 12)
     found = labels(run, other.parent)
-    assert found[0] == "cats: step 50" and found[-2:] == ["dogs: step 50", "step 60"]
+    assert found[0] == "cats: step 50" and found[2] == "cats: step 200" and found[-1] == "dogs: step 60"
+    assert labels(lora(run.parent / "b.safetensors", 3), other, run)[:3] == ["b", "dogs: step 50", "cats: step 50"]
     places = [lora(run.parent / place / "cats" / "mine.safetensors", 13 + i) for i, place in enumerate("xy")]
     assert labels(*places) == ["x/cats: mine", "y/cats: mine"]
 

@@ -75,6 +75,8 @@ def test_an_overflow_is_null_and_the_line_strict_json(tmp_path):
 
 def test_a_line_that_is_no_json_is_dropped(tmp_path):
     (tmp_path / "m").write_bytes(b'garbage\n{}\n7\nnull\n{"step": "1"}\n\xff\n')
+    with open(tmp_path / "m", "a") as file:
+        file.write(f'{{"step": {10**400}}}\n{"[" * 100_000}\n')
     write(tmp_path / "m", 0, 1)
     assert steps(tmp_path / "m") == [1]
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import PIPELINE, ROOT, TOKEN, lines
@@ -225,6 +226,17 @@ def test_a_full_drive_ends_no_training(colab, monkeypatch, capsys):
 
 
 # ---- Where it runs
+
+
+@pytest.mark.parametrize("cards, gpus", [(0, None), (1, None), (2, 2), (3, 2), (8, 4)])
+def test_all_gpus_train(cards, gpus, colab, monkeypatch):
+    """Kaggle's two T4s share a step's four micro-steps; three could not."""
+    names, commands, glob = set_up(colab, name="cats"), [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *a: [0] * cards if a[0] == Path("/dev") else glob(*a))
+    names["run"] = lambda *words: commands.append([str(word) for word in words])
+    exec(colab.sources()["train"], names)
+    launched = commands[0][1 : commands[0].index("train") - 1]
+    assert launched == (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus else [])
 
 
 def test_kaggles_run_is_in_its_output_and_goes_on_from_an_earlier_one(tmp_path, monkeypatch):

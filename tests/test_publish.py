@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from data.common.disk import sha256_file
 from data.common.errors import MachineError, UserError
 from data.common.flags import parse
 from infer.card import Facts, card
+from infer.told import Training
 from lora import files
 from lora.contents import look
 from tests.hub import Hub, Repository
@@ -82,7 +84,7 @@ def finished(exported, tmp_path):
         rows=rows,
         seed=7,
         guidance_scale=5.0,
-        command=f"python -m infer --output_dir {run}",
+        command=shlex.join(["python", "-m", "infer", "--output_dir", "runs/ink", "--prompt", *PROMPTS, "--seed", "7"]),
     )
     (run / "compare" / "report.json").write_text(json.dumps(report))
     (run / "compare" / "report.html").write_text("<!doctype html><p>report")
@@ -95,6 +97,7 @@ def finished(exported, tmp_path):
     identity |= dict(lr_scheduler="cosine", network_weights="0123456789abcdef", max_train_steps=900)
     (run / "run.json").write_text(json.dumps(dict(cache_dir=None, identity=identity)))
     measured = dict(difference=-0.0123, standard_error=0.0011, pictures=24, loss=0.11, base_loss=0.1224)
+    measured |= dict(train_difference=-0.02, train_standard_error=0.001, bands=[])
     lines = [dict(step=100, loss=1.0, held_out=measured), dict(step=150, loss=1.0)]
     lines += [dict(step=200, loss=0.9, held_out=measured | dict(difference=-0.01))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "held_out"')
@@ -365,20 +368,17 @@ HOSTILE += [
 ]
 
 
-def a_card(exported, **facts):
-    return card(Facts(ID, look(exported / "final.safetensors"), **(dict(files=("lora.safetensors",)) | facts)))
+def a_card(exported, settings, **facts):
+    weights = look(exported / "final.safetensors")
+    return card(Facts(ID, "ink", weights, ("lora.safetensors",), training=Training(settings), **facts))
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_the_head_is_read_back_whatever_the_prompt(exported, text):
     weights = look(exported / "final.safetensors")
     weights.metadata["modelspec.trigger_phrase"] = text
-    report = dict(prompts=[text], rows=[])
-    read = ModelCard(
-        card(
-            Facts(ID, weights, ("lora.safetensors",), gallery=((text, "a.png"),), identity=dict(rank=4), report=report)
-        )
-    )
+    facts = dict(gallery=((text, "a.png"),), training=Training(dict(rank=4)), command=shlex.join([text]))
+    read = ModelCard(card(Facts(ID, "ink", weights, ("lora.safetensors",), **facts)))
     line = " ".join(text.split())
     assert read.data.widget == [{"text": line or "-", "output": {"url": "a.png"}}]
     assert read.data.get("instance_prompt") == (line or None)
@@ -391,7 +391,7 @@ def test_the_head_is_read_back_whatever_the_prompt(exported, text):
     "base, named", [("somebody/sdxl", True), ("local-0123456789abcdef", False), ("/home/x/y", False)]
 )
 def test_a_base_is_named_by_its_hub_id_alone(exported, base, named):
-    read = ModelCard(a_card(exported, identity=dict(base=base)))
+    read = ModelCard(a_card(exported, dict(base=base)))
     assert read.data.base_model == (base if named else None)
     assert (base in read.text) == named
 
@@ -399,25 +399,26 @@ def test_a_base_is_named_by_its_hub_id_alone(exported, base, named):
 def test_no_prompt_ends_a_block_of_code(exported):
     """What stands behind it would be headings, links and pictures of somebody else's."""
     prompt = "x\n```\n# owned\n````\n## owned"
-    text = a_card(exported, identity=dict(rank=4), report=dict(prompts=[prompt], rows=[]))
+    text = a_card(exported, dict(rank=4), command=shlex.join(["python", prompt]))
     blocks = re.compile(r"^(`{3,})[^`\n]*\n.*?^\1`*$", re.M | re.S)
     assert text.count("owned") == 2 and "owned" not in blocks.sub("", text)
 
 
 def test_the_licence_is_the_bases_where_it_is_known(exported):
     sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert ModelCard(a_card(exported, identity=dict(base=sdxl))).data.license == "openrail++"
-    assert ModelCard(a_card(exported, identity=dict(base="somebody/sdxl"))).data.license is None
+    assert ModelCard(a_card(exported, dict(base=sdxl))).data.license == "openrail++"
+    assert ModelCard(a_card(exported, dict(base="somebody/sdxl"))).data.license is None
 
 
 def test_the_card_tells_what_the_run_was(hub, finished):
     do(finished)
     text = published(hub)["README.md"].decode()
     assert "A LoRA of rank 4, alpha 6, for [somebody/sdxl]" in text and "200 steps" in text
-    assert "--learning_rate 0.002 --lr_scheduler cosine" in text and "--network_weights LORA" in text
-    assert "python -m infer --output_dir RUN --prompt 'a red fox' --unrelated_prompt 'a blue: bird' --seed 7\n" in text
-    assert "| best | 100 | -0.0123 ± 0.0011 |" in text and "| last | 200 | -0.0100 ± 0.0011 |" in text
-    assert "| style | 0.00 | 0.93 |" in text and "`ohwx ink`" in text and "24 pictures" in text
+    assert "--learning_rate 0.002 \\\n  --lr_scheduler cosine" in text and "--network_weights FILE.safetensors" in text
+    assert "| --learning_rate | 0.002 |" in text and "0123456789abcdef" not in text
+    assert "python -m infer --output_dir runs/ink --prompt 'a red fox' 'a blue: bird' --seed 7\n" in text
+    assert "Lowest at step 100: on 24 held-out pictures the loss is 0.0123 ± 0.0011 below the base's" in text
+    assert "| style | 0.000 | 0.930 |" in text and "`ohwx ink`" in text
     head = yaml.safe_load(text.split("---")[1])
     assert [shown["output"]["url"] for shown in head["widget"]] == ["compare/finetuned_0.png"]
     assert head["instance_prompt"] == "ohwx ink" and head["base_model"] == "somebody/sdxl"
@@ -425,15 +426,13 @@ def test_the_card_tells_what_the_run_was(hub, finished):
 
 def test_the_commands_of_the_card_are_commands(hub, finished):
     """Each is parsed as the real one would."""
-    import shlex
-
     do(finished)
     text = published(hub)["README.md"].decode()
-    found = [shlex.split(line) for line in text.splitlines() if line.startswith("python -m ")]
+    found = [shlex.split(line) for line in text.replace("\\\n", "").splitlines() if line.startswith("python -m ")]
     assert [words[2] for words in found] == ["data.precompute", "train", "infer"]
     for words in found:
         settings = parse(words[2], words[3:])
-        assert settings.output_dir == "RUN"
+        assert settings.output_dir == "runs/ink"
     assert parse("train", found[1][3:]).rank == 4
 
 

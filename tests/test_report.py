@@ -21,9 +21,11 @@ from data.common import flags
 from data.common.disk import sha256_file
 from data.common.errors import UserError
 from infer import report
-from infer.chart import HEIGHT, WIDTH, Curve, chart, means, thinned, ticks
+from infer.chart import HEIGHT, WIDTH, chart
 from infer.markup import Html, join, tag
-from infer.report import without_places, write_report
+from infer.report import write_report
+from infer.told import NOT_TOLD, Training, train_command, without_places
+from train.curves import Axis, Curve, Panel
 
 HOSTILE = (
     "<script>document.title = 'run'; window.ran = 1</script>",
@@ -165,7 +167,8 @@ def test_hostile_texts_change_nothing_but_the_texts(trained):
 def test_a_page_names_no_place_of_this_machine_and_nothing_outside_it(run):
     """The run of the real commands, with a token in their environment."""
     text = (run.folder / "compare" / "report.html").read_text()
-    assert TOKEN not in text and str(run.folder.parent) not in text and str(PIPELINE.parent) not in text
+    for told in (text, (run.folder / "compare" / "report.json").read_text()):
+        assert TOKEN not in told and str(run.folder.parent) not in told and str(PIPELINE.parent) not in told
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r'"(data:image|\[\[)[^"]*"', "", text.split("<script>")[0]))
     page = Page(run.folder / "compare" / "report.html")
     assert all(prompt in page.text() for prompt in PROMPTS)
@@ -221,69 +224,50 @@ def test_large_pictures_are_webp_and_all_together_stay_within_the_bound(tmp_path
 # ---- Curves
 
 
-def test_ticks_are_round_and_reach_around():
-    rng = random.Random(0)
-    for _ in range(500):
-        low = rng.choice([-1, 0, 1]) * 10 ** rng.uniform(-8, 6)
-        high = low + rng.choice([0, abs(low) or 1]) * 10 ** rng.uniform(-3, 3)
-        found = ticks(low, high, 5)
-        step = found[1] - found[0]
-        assert found[0] <= low + 1e-6 * step and found[-1] >= high - 1e-6 * step and 2 <= len(found) <= 8
-        assert np.allclose(np.diff(found), step) and np.allclose(np.array(found) / step % 1 % 0.999999, 0, atol=1e-5)
-        assert f"{step:.3e}"[:5] in ("1.000", "2.000", "5.000")
-
-
-def test_means_and_thinning():
-    points = [(i, float(v)) for i, v in enumerate(np.random.default_rng(0).normal(size=1003))]
-    found = means(points, 7)
-    for i in (0, 3, 6, 500, 1002):
-        assert found[i] == (i, pytest.approx(np.mean([y for _, y in points[max(0, i - 6) : i + 1]])))
-    thin = thinned(points, 100)
-    assert len(thin) <= 100 and thin[-1] == points[-1] and set(thin) <= set(points) and thinned([], 5) == []
-
-
 def test_a_curve_is_drawn_where_its_values_are(tmp_path):
-    """Read back from the drawing by two of its own ticks; error bars reach one standard error up and down."""
-    points, errors = [(10, -0.3), (40, 0.1), (80, 0.25)], (0.05, 0.1, 0.02)
+    """Read back from the drawing by its own ticks; error bars reach one standard error up and down."""
+    steps, values, errors = [10, 40, 80], [-0.3, 0.1, 0.25], [0.05, 0.1, 0.02]
     path = tmp_path / "page.html"
-    path.write_text(chart("A title", [Curve("held out", points, "main", errors)], zero=True))
+    panel = Panel("a title", [Curve(0, "held out", steps, values, errors=errors)], Axis(-0.4, 0.3), 0)
+    path.write_text(chart(panel, Axis(0, 80, least=1)))
     page = Page(path)
     labels = [text for name, text in page.texts if name == "text"]
     places = [(float(a["x"]), float(a["y"])) for a in page.all("text")]
     value = lambda label: float(label.replace("\N{MINUS SIGN}", "-").replace(",", ""))  # noqa: E731
-    (y_low, at_low), (y_high, at_high) = [
-        (value(label), y - 4) for label, (x, y), a in zip(labels, places, page.all("text")) if a["text-anchor"] == "end"
-    ][:: len(ticks(-0.35, 0.27, 5)) - 1]
-    (x_low, left), (x_high, right) = [
-        (value(label), x) for label, (x, y), a in zip(labels, places, page.all("text")) if a["text-anchor"] == "middle"
-    ][:2]
+    named = list(zip(labels, places, page.all("text")))
+    (y_low, at_low), *_, (y_high, at_high) = [(value(t), y - 4) for t, (_, y), a in named if a["text-anchor"] == "end"]
+    (x_low, left), *_, (x_high, right) = [(value(t), x) for t, (x, _), a in named if a["text-anchor"] == "middle"]
     y_of = lambda y: at_low + (y - y_low) / (y_high - y_low) * (at_high - at_low)  # noqa: E731
     x_of = lambda x: left + (x - x_low) / (x_high - x_low) * (right - left)  # noqa: E731
     drawn = [tuple(map(float, place.split(","))) for place in page.all("polyline")[0]["points"].split()]
-    assert np.allclose(drawn, [(x_of(x), y_of(y)) for x, y in points], atol=0.2)
-    bars = [a for a in page.all("line") if "class" not in a]
-    assert np.allclose(
-        [(float(a["y1"]), float(a["y2"])) for a in bars],
-        [(y_of(y - e), y_of(y + e)) for (_, y), e in zip(points, errors)],
-        atol=0.2,
-    )
+    assert np.allclose(drawn, [(x_of(x), y_of(y)) for x, y in zip(steps, values)], atol=0.2)
+    bars = [(float(a["y1"]), float(a["y2"])) for a in page.all("line") if "class" not in a]
+    assert np.allclose(bars, [(y_of(y - e), y_of(y + e)) for y, e in zip(values, errors)], atol=0.2)
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in [*drawn, *places])
     readings = json.loads(page.all("svg")[0]["data-points"])
     assert readings[1] == [pytest.approx(x_of(40), abs=0.2), "step 40: held out 0.1 ± 0.1"]
 
 
+def test_what_a_pointer_shows_is_of_few_steps_and_of_all_curves(tmp_path):
+    steps = list(range(1, 100_001))
+    curves = [Curve(0, name, steps, [float(step) for step in steps]) for name in ("each step", "mean")]
+    path = tmp_path / "page.html"
+    path.write_text(chart(Panel("loss", curves, Axis(0, 1e5), 0), Axis(0, 100_000, least=1)))
+    readings = json.loads(Page(path).all("svg")[0]["data-points"])
+    assert 200 <= len(readings) <= 400 and readings[-1][1] == "step 100,000: each step 100,000, mean 100,000"
+    assert path.stat().st_size < 100_000
+
+
 def test_curves_of_a_training(trained):
-    """Loss and learning rate; the loss scale where it moves. Half a line and what is no line are passed over."""
+    """Loss and learning rate; the loss scale where it moves."""
     lines = [dict(step=i, loss=1 / i, lr=i / 10, loss_scale=65536.0) for i in range(1, 31)]
     lines[4]["loss"] = None  # it was infinite
     run = trained(lines)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('[1]\nnull\n{"step": "x", "loss": 3}\n{"loss": 4}\n' + "[" * 100_000 + '\n{"step": 31, "lo')
     page = Page(compared(run, lora=its_own(run)))
     titles = [text for name, text in page.texts if name == "strong"]
     assert titles == ["Loss", "Learning rate"]
     readings = json.loads(page.all("svg")[0]["data-points"])
-    assert len(readings) == 29 and readings[-1][1] == f"step 30: each step {1 / 30:.3g}, mean of 1 {1 / 30:.3g}"
+    assert len(readings) == 29 and readings[-1][1] == f"step 30: loss {1 / 30:.3g}"
     lines[20]["loss_scale"] = 32768.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     titles = [text for name, text in Page(write_report(run)).texts if name == "strong"]
@@ -341,6 +325,35 @@ def test_a_measurement_that_is_not_finite_is_left_out(trained):
     assert "not finite" in Page(write_report(run)).text()
 
 
+def test_of_one_held_out_picture_the_numbers_are_told_without_an_error(trained):
+    """A folder of 20 pictures with a twentieth held out is the usual one."""
+    bands = [{"from": 0, "to": 250, "difference": -0.03, "standard_error": None}]
+    alone = measured(-0.02, -0.04, None, bands=bands, pictures=1)
+    run = trained([dict(step=step, held_out=alone) for step in (1, 2)])
+    text = Page(compared(run, lora=its_own(run))).text()
+    assert "on 1 held-out picture the loss is 0.0200 below the base's" in text
+    assert "of one picture alone may be off cannot be told" in text and "±" in text  # which the introduction explains
+    assert "None" not in text and "\N{MINUS SIGN}0.0200\N{MINUS SIGN}0.0400\N{MINUS SIGN}0.0300" in text
+    assert "remembered" not in text and "no better" not in text and "risen" not in text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(bands=None),
+        dict(bands=[3]),
+        dict(bands=[{"from": None, "to": 250}]),
+        dict(difference=1e308, train_difference=-1e308),
+        dict(difference=10**400),
+    ],
+    ids=["no bands", "a number", "no beginning", "beyond fp32", "beyond a float"],
+)
+def test_an_odd_measurement_is_passed_over(trained, odd):
+    """After hours of drawing, a line that somebody edited must not take the page."""
+    run = trained([dict(step=1, held_out=measured(-0.1, -0.1, **odd)), dict(step=-7, loss=1), dict(step=10**400)])
+    assert "Held-out" not in Page(compared(run, lora=its_own(run))).text()
+
+
 def test_scores_of_any_kind(tmp_path):
     scores = {"base": {"style": 0.012, "colour": 1.0}, "lora": {"style": 0.9, "colour": 1}, "chance": {"style": -0.5}}
     scores |= {"heldout_loss": {"base": 0.6, "lora": 0.1}, "true": {"ink": {"style": 1.0}}, "prompts": 16, "odd": "x"}
@@ -371,7 +384,7 @@ def test_the_command_that_trains_the_same(trained):
     for _ in range(100):
         values = {}
         for f in fields(flags.Train):
-            if f.name in report.PLACES or rng.random() < 0.5:
+            if f.name in NOT_TOLD or rng.random() < 0.5:
                 continue
             if f.type is bool:
                 values[f.name] = rng.random() < 0.5
@@ -388,9 +401,25 @@ def test_the_command_that_trains_the_same(trained):
         if any(useless(wanted) for useless, _ in flags.USELESS[flags.Train]):
             continue
         stored = json.loads(json.dumps(asdict(wanted) | dict(max_train_steps=wanted.max_train_steps or 7)))
-        words = shlex.split(report._train_command(stored, "it's").replace("\\\n", " "))
+        words = shlex.split(train_command(Training(stored), "it's").replace("\\\n", " "))
         assert words[:3] == ["python", "-m", "train"]
         assert flags.parse("train", words[3:]) == wanted
+        assert not {"--max_train_steps", "--num_train_epochs"} <= set(words)
+
+
+def test_no_setting_that_is_told_is_a_free_text():
+    """It could be a place, or somebody's caption."""
+    free = {f.name for f in fields(flags.Train) if "str" in str(f.type) and not f.metadata["choices"]}
+    assert "cache_dir" in free and free <= NOT_TOLD
+
+
+def test_loras_of_other_ranks_are_told_with_theirs(tmp_path):
+    path = compared(tmp_path, labels=("base", "a", "b", "c"))
+    report = json.loads((path.parent / "report.json").read_text())
+    report["rows"][2]["lora"]["rank"] = 16
+    (path.parent / "report.json").write_text(json.dumps(report))
+    write_report(tmp_path)
+    assert "rank 4, alpha 6; rank 16, alpha 6Strength" in Page(path).text()
 
 
 def test_settings_are_told_by_their_flags_without_places_and_digests(trained):

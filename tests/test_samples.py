@@ -185,6 +185,7 @@ def test_seventeen_prompts_are_refused_and_a_long_one_is_said(cached, pictures, 
 # ---- In the loop
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_same_bits_and_the_pictures_are_infers(prompted, run, tmp_path, quick, monkeypatch):
     """The last pictures are those that compare drew of the finished run, but for half precision: of the weights in
     lora.safetensors, and of the text in the cache."""
@@ -307,13 +308,29 @@ def test_pictures_are_drawn_when_it_is_time_and_no_signal_came(drawing, monkeypa
     assert drawing.draw(4, stopping) == {} and not (drawing.folder / "000004_0.png").exists()
     real, stopping = infer.sample.sample, SimpleNamespace(received=None)
 
-    def sample(*given):
-        stopping.received = 15  # while the first is drawn
-        return real(*given)
+    steps = []
 
+    def sample(pipeline, *given):
+        forward = pipeline.unet.forward
+
+        def counted(*words, **named):
+            steps.append(len(pictures))
+            stopping.received = 15 if len(pictures) == 1 else None  # in the first step of the second picture
+            return forward(*words, **named)
+
+        monkeypatch.setattr(pipeline.unet, "forward", counted)
+        try:
+            picture = real(pipeline, *given)
+        finally:
+            monkeypatch.setattr(pipeline.unet, "forward", forward)
+        pictures.append(picture)
+        return picture
+
+    pictures = []
     monkeypatch.setattr(infer.sample, "sample", sample)
-    assert len(drawing.draw(4, stopping)) == 1
+    assert len(drawing.draw(4, stopping)) == 1 and pictures[1:] == [None]
     assert sorted(path.name for path in drawing.folder.glob("000004_*")) == ["000004_0.png"]
+    assert steps.count(1) == 1 < steps.count(0)
 
 
 def raising(monkeypatch, error, calls):

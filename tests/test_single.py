@@ -170,6 +170,7 @@ def test_files_in_other_dtypes_are_read(dtype, tmp_path):
     identity(model.component("text_encoder_2"))  # whatever the dtype
 
 
+@pytest.mark.slow
 def test_the_line_is_the_same_from_a_file_as_from_a_folder(files, pictures, tmp_path):
     """Rows, keys, index and weights, byte for byte; only names differ. compare runs with it."""
     model = ("--pretrained_model_name_or_path", files / "toy.safetensors", "--model_config", files / "configs")

@@ -49,7 +49,7 @@ class Setup:
         return self
 
     def save(self, folder, step, **changes):
-        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN, BEST)
+        save_state(folder, step, self.adapters, self.optimizer, self.scaler, IDENTITY | changes, PLAN, BEST, 1)
 
     def load(self, folder, **changes):
         return restore(read_state(folder, IDENTITY | changes), self.adapters, self.optimizer, self.scaler)
@@ -205,6 +205,12 @@ def forged(path, change):
     text = json.dumps(header).encode()
     blob = struct.pack("<Q", len(text)) + text + blob[8 + size :]
     path.write_bytes(blob + hashlib.sha256(blob).digest())
+
+
+def test_a_state_of_before_there_was_a_best_save_goes_on(tmp_path):
+    Setup().step(1).save(tmp_path, 1)
+    forged(tmp_path / "000001.state", lambda header, facts: facts.pop("best"))
+    assert Setup().load(tmp_path) == (1, PLAN, None)
 
 
 @pytest.mark.parametrize("field", ODD)

@@ -356,6 +356,13 @@ def test_one_picture_at_least_is_held_out_when_there_are_two(tmp_path):
     assert held_out(folder, 1e-9) == {"copy.png": False}
 
 
+def test_one_picture_at_least_is_left_to_train_on(tmp_path):
+    """Said now, and not by train after hours of encoding."""
+    small_pictures(tmp_path / "d", 1)
+    with pytest.raises(UserError, match="--validation_fraction 1.0: would hold out all of 1 row"):
+        held_out(tmp_path / "d", 1.0)
+
+
 def test_what_is_held_out_is_cached_and_never_drawn(tmp_path):
     """And the rest comes in every epoch."""
     folder, run = small_pictures(tmp_path / "d", 24), tmp_path / "run"

@@ -223,7 +223,7 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     facts = {"model": model, "vae": model, "scaling_factor": scaling_factor}
     facts |= {"buckets": [[64, 64]], "posterior_shapes": [[2, 4, 8, 8]], "text_shape": [1, 1], "pooled_shape": [1]}
     facts |= {"components": {}, "identity": {"text_encoders": "", "vae": ""}, "decoder": "", "content": ""}
-    facts |= {"resolution": SIZE, "unconditional": 0, "rows": 0, "held_out": 0, "skipped": []}
+    facts |= {"resolution": SIZE, "unconditional": 0, "rows": 0, "held_out": 0, "skipped": [], "validation_prompts": {}}
     Rows(tmp_path / "cache", "captions", (2,)).write(1, [([b"none"], np.zeros((1, 2)))])
     write_index(tmp_path / "cache", np.zeros(0, INDEX), np.zeros(0, "<i4"), [], facts)
     (tmp_path / "compare").mkdir()

@@ -55,7 +55,7 @@ def scalars(found):
 
 
 def of_the_file(folder):
-    lines = read(folder)
+    lines = read(folder / "metrics.jsonl")
     return {(name, line["step"]): [float(np.float32(value))] for line in lines for name, value in flat(line).items()}
 
 
@@ -194,7 +194,7 @@ def test_wandb_is_told_the_numbers_the_pictures_and_the_settings(tmp_path, wandb
     assert began["resume"] == "allow" and began["console"] == "off" and began["config"]["rank"] == 32
     assert ended == ["finish"]
     numbers = {step: data for _, step, data in logged[:4]}
-    assert numbers == {line["step"]: flat(line) for line in read(run)}
+    assert numbers == {line["step"]: flat(line) for line in read(run / "metrics.jsonl")}
     assert logged[4:] == [["log", 4, {"prompt_0": [24, 16], "prompt_1": [24, 16]}]]
 
 
@@ -247,7 +247,7 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(tmp_path, where, monke
     assert str(said[0].message) == f"--report_to bad: ZeroDivisionError: of {where} here; the run goes on without it"
     assert bad.calls[-1] == where and bad.calls.count(where) == 1
     assert good.calls == ["begin", "log", "log", "show", "log", "show", "close"]
-    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -255,7 +255,7 @@ def test_a_file_where_its_folder_should_be_stops_nothing(tmp_path, name, wandb):
     (tmp_path / name).write_text("")
     with pytest.warns(UserWarning, match=f"--report_to {name}: .*; the run goes on without it"):
         train(tmp_path, 0, 2, (name,))
-    assert len(read(tmp_path)) == 2
+    assert len(read(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_a_full_disk_stops_only_tensorboard(tmp_path, monkeypatch):

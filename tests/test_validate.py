@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, TRAIN, command, here, one_line_error, precompute, settings
+from conftest import PIPELINE, TRAIN, command, here, one_line_error, precompute, settings, untitled
 from diffusers import DDPMScheduler
 
 from data import sampler
@@ -143,6 +143,7 @@ def test_nothing_is_measured_after_a_signal_or_between_times(held_out, tmp_path)
     assert not run.validation.is_best(2)
 
 
+@pytest.mark.slow
 def test_the_same_weights_as_without(held_out, trained, tmp_path):
     """A draw from the loop's randomness, a scale or a gradient that is left behind would change what is trained."""
     plain = train(held_out, tmp_path / "plain", "--checkpointing_steps", 6)
@@ -163,6 +164,7 @@ def test_the_best_save_is_kept(trained):
     assert (trained / "lora-best.safetensors").read_bytes() == (trained / f"lora-{best:06d}.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_knows_the_best_before(held_out, tmp_path):
     """Without it, the first save after a stop would count as the best."""
     rate = ("--learning_rate", 0.2)  # it gets worse
@@ -173,6 +175,30 @@ def test_a_run_that_goes_on_knows_the_best_before(held_out, tmp_path):
     found = measured(run)
     assert found[2]["difference"] < min(found[4]["difference"], found[6]["difference"])
     assert (run / "lora-best.safetensors").read_bytes() == best
+
+
+@pytest.mark.slow
+def test_a_best_save_that_was_taken_away_is_not_promised(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    here("train", "--output_dir", folder, *TRAIN)
+    assert f"{folder}/lora-best.safetensors\n" in capsys.readouterr().out
+    (folder / "lora-best.safetensors").unlink()
+    here("train", "--output_dir", folder, *TRAIN)
+    assert f"{folder}/lora-best.safetensors is gone\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_a_signal_left_out_is_made_up_for(held_out, tmp_path, monkeypatch):
+    """Else the best save, and its line of metrics, would depend on when somebody pressed Ctrl-C."""
+    straight = train(held_out, tmp_path / "straight")
+    measure = Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda self, done, stop: {} if done == 4 else measure(self, done, stop))
+    run = train(held_out, tmp_path / "stopped", "--max_train_steps", 4)
+    assert 4 not in measured(run)
+    monkeypatch.setattr(Validation, "measure", measure)
+    train(held_out, run)
+    assert measured(run) == measured(straight)
+    assert untitled(run / "lora-best.safetensors") == untitled(straight / "lora-best.safetensors")
 
 
 def test_which_save_is_best():
@@ -210,6 +236,16 @@ def test_steps_without_pictures_held_out_are_refused(fresh):
     output = command("train", "--output_dir", fresh, *TRAIN, "--validation_steps", 2, code=2)
     assert "--validation_fraction" in one_line_error(output)
     assert not (fresh / "state").exists()
+
+
+def test_a_folder_in_the_place_of_the_best_save_is_found_at_the_door(fresh):
+    """Found when it is first written, the steps up to then would be lost."""
+    (fresh / "lora-best.safetensors").mkdir()
+    output = command("train", "--output_dir", fresh, *TRAIN, code=2)
+    assert (
+        one_line_error(output)
+        == f"error: {fresh}/lora-best.safetensors: not a file; move it away, or use another folder"
+    )
 
 
 def test_places_fill_batches_of_one_bucket():

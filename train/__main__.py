@@ -1,22 +1,27 @@
 """python -m train: what can be refused without torch first, then the seconds that importing it takes."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from data import check
-from data.common import door, safe
+from data.common import door, ranks, safe
 from data.common.errors import UserError
 from data.common.flags import parse
 from data.common.imports import lean
 from train import trackers
 
-WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "run.json", "rows.npz")
+WRITES = ("state/", "samples/", "metrics.jsonl", "lora.safetensors", "lora-best.safetensors", "run.json", "rows.npz")
 
 
 def main(argv):
     settings = check.eight_bit_adam(parse("train", argv))
+    shared_out(settings.gradient_accumulation_steps)
     trackers.check_installed(settings.report_to)
-    with door.hold(settings.output_dir, "--output_dir", WRITES) as run:
+    first = not ranks.index()
+    held = door.hold(settings.output_dir, "--output_dir", WRITES) if first else nullcontext(Path(settings.output_dir))
+    with held as run:
         from data.cache import cache_folder, read_manifest
         from infer.publish import ask, publish
         from train import same_run
@@ -35,7 +40,8 @@ def main(argv):
                     same_run.check_at_the_door(run, settings, manifest)
                 something_to_look_at(settings, manifest)
                 settings = in_steps(settings, cache, argv)
-                repository = ask(settings.hub_model_id, settings.private) if settings.push_to_hub else None
+                publishes = settings.push_to_hub and first
+                repository = ask(settings.hub_model_id, settings.private) if publishes else None
                 # transformers takes seconds, and only diffusers' pipeline needs it, which draws validation prompts
                 with lean(*([] if manifest["validation_prompts"] else ["transformers"])):
                     from train.loop import train
@@ -47,6 +53,16 @@ def main(argv):
         if repository:
             safe.end_at_once()
             publish(repository, run)
+
+
+def shared_out(slots):
+    """Raise UserError when the ranks cannot share a step's micro-steps evenly."""
+    if slots % ranks.count():
+        fit = [n for n in range(1, 4 * ranks.count() + 1) if n % ranks.count() == 0][:3]
+        raise UserError(
+            f"--gradient_accumulation_steps {slots}: these are a step's micro-steps on all GPUs together, and "
+            f"{ranks.count()} GPUs must share them evenly: choose {', '.join(map(str, fit))} …"
+        )
 
 
 def something_to_look_at(settings, manifest):

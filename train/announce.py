@@ -12,9 +12,10 @@ def before(run):
     slots, batch, steps = settings.gradient_accumulation_steps, settings.train_batch_size, settings.max_train_steps
     epochs = steps * slots * batch / run.cache.epoch
     repeated = f", repeated to {run.cache.epoch:,} an epoch" if run.cache.epoch > pictures else ""
+    shared = f" on {run.ranks.count} GPUs" if run.ranks.count > 1 else ""
     print(
         f"{many(pictures, 'picture')}{repeated}, {int(run.cache.index['held_out'].sum()) or 'none'} held out; "
-        f"batch {batch} × {slots} = {slots * batch} a step; {many(steps, 'step')} = {epochs:,.1f} epochs"
+        f"batch {batch} × {slots} = {slots * batch} a step{shared}; {many(steps, 'step')} = {epochs:,.1f} epochs"
     )
     trained = sum(parameter.numel() for parameter in run.adapters.parameters)
     recomputed = run.memory_plan["recomputed"]
@@ -43,7 +44,9 @@ def after(run, seconds):
     """What is there now, and the next command."""
     weights, folder = run.folder / "lora.safetensors", shlex.quote(str(run.folder))
     if best := run.validation.best:
-        print(f"lowest held-out loss of the saves: step {best['step']:.0f}, {run.folder / 'lora-best.safetensors'}")
+        path = run.folder / "lora-best.safetensors"
+        there = path if path.exists() else f"but {path} is gone"
+        print(f"lowest held-out loss of the saves: step {best['step']:.0f}, {there}")
     print(f'{weights} after {duration(seconds)}; next: python -m infer --output_dir {folder} --prompt "…"')
 
 

@@ -22,10 +22,10 @@ class Batches:
     settings: Train
     timesteps: int  # T, the length of the noise schedule
 
-    def ahead(self, start):
-        """All micro-batches from step `start` on, in order, each drawn while the one before it trains."""
-        slots = self.settings.gradient_accumulation_steps
-        places = ((step, slot) for step in range(start, self.settings.max_train_steps) for slot in range(slots))
+    def ahead(self, start, rank=0, ranks=1):
+        """This rank's micro-batches from step `start` on, in order, each drawn while the one before it trains."""
+        slots = range(rank, self.settings.gradient_accumulation_steps, ranks)
+        places = ((step, slot) for step in range(start, self.settings.max_train_steps) for slot in slots)
         with ThreadPoolExecutor(1) as pool:
             yield from ahead(pool, lambda place: self.draw(*place), places, 1)
 

@@ -27,16 +27,16 @@ from lora import files
 from lora.adapters import Adapters
 from lora.attention import fuse_projections
 from lora.inject import inject
-from train import announce, diffusion, graph, plan, precision
+from train import announce, diffusion, graph, parallel, plan, precision
 from train.batches import Batches
 from train.health import Health, describe
-from train.metrics import Metrics
 from train.optimizer import check_flags, learning_rate, make_optimizer
+from train.parallel import Alone
 from train.same_run import begin, identity_of, remember
 from train.samples import Samples
-from train.state import need_room, read_state, restore, save_state
-from train.trackers import Trackers
-from train.validate import Validation
+from train.state import need_room, read_state, restore
+from train.validate import PICTURES, Validation
+from train.writer import writer_for
 
 
 def train(settings, folder):
@@ -48,15 +48,16 @@ def train(settings, folder):
         print(f"{folder}: finished, {run.start} steps are done; more steps or epochs go on")
 
     announce.before(run)
-    health, stop, micro_batches = Health(run.scaler), Signals(), run.batches.ahead(run.start)
-    trackers = Trackers(settings.report_to, folder, run.start, settings)
-    with Metrics(folder / "metrics.jsonl", run.start, settings.max_train_steps, run.device, trackers) as metrics:
+    health, stop = Health(run.scaler), Signals()
+    micro_batches = run.batches.ahead(run.start, run.ranks.index, run.ranks.count)
+    with writer_for(run, stop) as writer:
         for step in range(run.start, settings.max_train_steps):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()
             loss = torch.zeros((), device=run.device)
-            for _ in range(slots):
+            for _ in range(slots // run.ranks.count):
                 loss += run.micro_step(next(micro_batches)) / slots
+            loss = run.ranks.add_up(run.adapters.vector.grad, loss)
 
             run.scaler.unscale_(run.optimizer)
             norm = torch.nn.utils.clip_grad_norm_([run.adapters.vector], settings.max_grad_norm)
@@ -64,23 +65,23 @@ def train(settings, folder):
             try:
                 health.check(loss, norm)
             except NumbersError as error:
-                raise give_up(run, step, error) from None
+                raise give_up(run, writer, step, error) from None
             run.scaler.step(run.optimizer)  # does nothing when the gradient overflowed
             run.scaler.update()
             run.adapters.refresh()  # the layers compute with the stepped weights from here on
 
             done, scale = step + 1, run.scaler.get_scale()
             numbers = dict(loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, overflows=health.overflows)
-            metrics.log(done, images_per_step, **numbers, **run.validation.measure(done, stop))
-            signal = stop.received  # asked once, because one that comes after the save is the next step's
+            writer.log(done, images_per_step, numbers | run.validation.measure(done, stop))
+            signal = run.ranks.agree(stop.received)  # asked once: one that comes after the save is the next step's
             if done % settings.checkpointing_steps == 0 or done == settings.max_train_steps or signal:
-                metrics.sync()  # before the state, which counts the steps that stand there
-                save(run, done)
-            metrics.show(done, run.samples.draw(done, stop))
+                writer.save(done)
+            writer.show(done, run.samples.draw(done, stop))
             if signal and done < settings.max_train_steps:
                 raise Stopped(signal, announce.stopped(run, done))
-    export_weights(run, "lora")
-    announce.after(run, metrics.seconds())
+        writer.export("lora")
+    announce.after(run, writer.seconds())
+    run.ranks.leave()
 
 
 def micro_step(run, **batch):
@@ -118,6 +119,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable  # step -> learning rate
     scaler: torch.amp.GradScaler
+    ranks: Alone  # this process among those that train together
     identity: dict  # what a continuation of this run must agree with
     origin: files.Origin  # what its files of weights say
     samples: Samples  # pictures while training
@@ -134,8 +136,11 @@ def setup(settings, folder):
     cache = Cache(cache_folder(folder, settings.cache_dir))
     base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
+    ranks = parallel.join(device)
+    first = ranks.index == 0  # which has the folder; the others are told
     config, shapes = base.unet_config(), cache.manifest["posterior_shapes"]
-    settings = replace(settings, base_precision=precision.of_the_base(settings, config, shapes, dtype, device))
+    decided = precision.of_the_base(settings, config, shapes, dtype, device) if first else None
+    settings = replace(settings, base_precision=ranks.from_first(decided))
     in_4_bits = settings.base_precision == "nf4"
     check.gpu_memory(config, dtype, device, in_4_bits)
     check_flags(settings)
@@ -143,7 +148,7 @@ def setup(settings, folder):
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
     identity = identity_of(folder, settings, cache.manifest, base=name, revision=base.revision, **of_the_model)
-    state = None if settings.restart else read_state(folder / "state", identity)
+    state = ranks.from_first(read_state(folder / "state", identity) if first and not settings.restart else None)
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
@@ -152,12 +157,13 @@ def setup(settings, folder):
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
-    start, memory_plan, best = restore(state, adapters, optimizer, scaler)
-    need_room(folder, settings, adapters.vector.numel(), start, cache.manifest["held_out"] > 0)
-    if state:
-        remember(folder, identity, cache.folder)
-    else:
-        begin(folder, identity, cache.folder, settings.restart)
+    start, memory_plan, best = restore(state, adapters, optimizer, scaler, ranks.count)
+    if first:
+        need_room(folder, settings, adapters.vector.numel(), start, cache.manifest["held_out"] > 0)
+        if state:
+            remember(folder, identity, cache.folder)
+        else:
+            begin(folder, identity, cache.folder, settings.restart)
 
     run = Run(
         settings=settings,
@@ -173,6 +179,7 @@ def setup(settings, folder):
         optimizer=optimizer,
         learning_rate=learning_rate(optimizer, settings),
         scaler=scaler,
+        ranks=ranks,
         identity=identity,
         origin=files.Origin(
             title=folder.resolve().name,
@@ -184,7 +191,7 @@ def setup(settings, folder):
             trigger_phrase=cache.manifest.get("instance_prompt"),
             base_precision=settings.base_precision,
         ),
-        samples=Samples(settings, folder, cache, base, vae, unet),
+        samples=Samples(settings, folder, cache, base, vae, unet, first),
         start=start,
         memory_plan=memory_plan,
         best=best,
@@ -214,32 +221,14 @@ def plan_and_capture(run):
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)
     run.micro_step = prepare(eager.function, samples)
     errors = partial(prepare, torch.no_grad()(partial(forward, run)))
-    run.validation = Validation(settings, run.cache, len(run.alpha_bar), run.adapters, errors, run.best)
+    pictures = 0 if run.ranks.index else PICTURES
+    run.validation = Validation(settings, run.cache, len(run.alpha_bar), run.adapters, errors, run.best, pictures)
 
 
-def save(run, done):
-    """The weights after `done` steps, then the state. In this order, because a run that goes on from the state starts
-    behind the step that wrote the weights."""
-    export_weights(run, f"lora-{done:06d}")
-    if run.validation.is_best(done):
-        export_weights(run, "lora-best")
-    keep_state(run, done)
-
-
-def keep_state(run, done):
-    best = run.validation.best
-    save_state(run.folder / "state", done, run.adapters, run.optimizer, run.scaler, run.identity, run.memory_plan, best)
-
-
-def export_weights(run, name):
-    """The weights as they are now -> RUN/name.safetensors"""
-    files.export(run.adapters, run.folder / f"{name}.safetensors", run.origin)
-
-
-def give_up(run, step, error):
+def give_up(run, writer, step, error):
     """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved."""
     if step:
-        keep_state(run, step)
+        writer.keep_state(step)
     run.micro_step = run.validation = None  # captured graphs hold the memory that the forwards need now
     torch.cuda.empty_cache()
     where = describe(run.unet, run.adapters, graph.Eager(partial(forward, run), run.device), run.batches, step)

@@ -1,6 +1,6 @@
 """RUN/metrics.jsonl, one JSON object per optimizer step, and how far the training is.
 
-python -m train.metrics RUN … draws the curves of what stands there (train/curves.py).
+python -m train.metrics RUN … draws the curves of what stands there (train/plot.py).
 """
 
 import json
@@ -12,21 +12,23 @@ import time
 from data.common import safe, system
 from data.common.disk import atomic_write, naming
 from data.progress import progress
-from train import curves
+from train import curves, plot
 
 
 class Metrics:
     """A context manager whose log(...) is called once per optimizer step. A resumed run's file goes on at its step.
 
-    trackers: trackers.Trackers, which are told the same.
+    trackers: trackers.Trackers, which are told the same. more: numbers that belong to the line of `step`.
     """
 
-    def __init__(self, path, step, steps, device, trackers):
+    def __init__(self, path, step, steps, device, trackers, more=None):
         self.device, self.path, self.trackers = device, path, trackers
         if path.exists():  # lines past the state that the run goes on from would stand there twice
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            lines = [line for line in curves.read(path) if line["step"] <= step]
+            if more:
+                lines[-1] |= _strict(more)
             with atomic_write(path, "w") as file:
-                file.writelines(line for line in lines if _step(line) <= step)
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         self.file = open(path, "a", encoding="utf-8", newline="\n")
         self.bar = progress("train", "step", steps, done=step)
         self.began = self.time = time.perf_counter()
@@ -38,7 +40,7 @@ class Metrics:
         One of them may be held_out, what train/validate.py measured, whose difference the bar shows from then on.
         """
         now = time.perf_counter()
-        seconds, self.time = now - self.time, now
+        seconds, self.time = now - self.time - numbers.get("held_out", {}).get("seconds", 0), now
         line = dict(
             step=step, **numbers, s_per_step=seconds, images_per_s=images / seconds, peak_gib=peak_gib(self.device)
         )
@@ -90,14 +92,6 @@ def _strict(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(line):
-    """The step of a line; infinite for one that a killed writer left half written, or that somebody else wrote."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
 def peak_gib(device):
     """The most memory held so far, GiB: what torch reserved on the GPU, or without one what the process held."""
     if device.type == "cuda":
@@ -108,4 +102,4 @@ def peak_gib(device):
 
 
 if __name__ == "__main__":
-    safe.run(curves.main, sys.argv[1:])
+    safe.run(plot.main, sys.argv[1:])

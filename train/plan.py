@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from data.common.errors import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
-# Bytes that the allocator holds without using them: at SDXL's size 0.11 to 0.18 GiB with every block recomputed, and up
-# to a sixteenth of what is kept.
-UNUSED, SHARE = 3 * 2**27, 16
+# Bytes that the allocator holds without using them: 0.11 to 0.18 GiB at SDXL's size with every block recomputed, 0.3
+# with 4 GiB of activations kept, of which a share is therefore set aside.
+UNUSED, SHARE = 3 * 2**27, 32
 # Bytes beside the allocator: the most that CUDA and its libraries were seen to hold, what of it is taken in the first
 # micro-step, and what a captured graph takes.
 CUDA, LIBRARIES, GRAPH = 15 * 2**26, 5 * 2**26, 2**26

@@ -26,20 +26,25 @@ class Samples:
     memory  bytes of GPU memory that drawing takes, 0 without prompts
     """
 
-    def __init__(self, settings, folder, cache, base, vae, unet):
+    def __init__(self, settings, folder, cache, base, vae, unet, first=True):
         """settings: flags.Train. base, vae: the Models that the noise schedule and the decoder are from. unet: with the
-        adapters in it. Raises UserError when a prompt's row in the cache is damaged.
+        adapters in it. first: whether this is the first rank, which draws. Raises UserError when a prompt's row in the
+        cache is damaged.
         """
         self.settings, self.folder, self.base, self.vae, self.unet = settings, folder / "samples", base, vae, unet
-        self.resolution, self.prompts, self.warned = cache.manifest["resolution"], embedded(cache), False
+        self.resolution, self.prompts, self.warned = (
+            cache.manifest["resolution"],
+            embedded(cache) if first else [],
+            False,
+        )
         config = vae.component("vae").config() if self.prompts else None
         self.memory = memory(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
 
     def draw(self, done, stop):
         """The pictures after `done` steps, where it is time for them -> {prompt's index and words: picture (PIL)}
 
-        stop: safe.Signals; a signal ends it after the picture that is under way. Where the memory is too small or a
-        picture's numbers are not finite, the first time is said in one line, and the run goes on.
+        stop: safe.Signals; a signal ends it after the sampler's step that is under way. Where the memory is too small,
+        or a picture's numbers are not finite, the first time is said in one line, and the run goes on.
         """
         pictures = {}
         if not self.prompts or not due(self.settings, done) or stop.received:
@@ -71,10 +76,10 @@ class Samples:
         side = self.resolution // factor
         steps = min(Infer.num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
         for i, (prompt, embeddings) in enumerate(self.prompts):
-            if stop.received:
-                return
             latents = noise(Infer.seed, prompt, (self.unet.config.in_channels, side, side))
-            picture = sample(pipeline, embeddings, latents, steps, Infer.guidance_scale)
+            picture = sample(pipeline, embeddings, latents, steps, Infer.guidance_scale, lambda: bool(stop.received))
+            if picture is None:
+                return
             write_png(picture, self.folder / f"{step}_{i}.png")
             pictures[f"{i} {shortened(prompt)}"] = picture
 

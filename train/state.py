@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from data.common.disk import atomic_write, need_space
 from data.common.errors import UserError
 from data.common.fields import Rule, check_fields, each, either, loads, named, number, one_of, only, text, whole
+from data.common.words import many
 from train.same_run import check_same
 
 VERSION = 2
@@ -32,6 +33,7 @@ FACTS = {
         "recomputed": either(one_of(None), each(text(), 0, 10**5)),
         "threads": whole(1, 10**5, missing=1),
     },
+    "ranks": whole(1, 10**5, missing=1),
     "best": either(one_of(None), named(number(-1e38, 1e38)), missing=None),
 }
 _of_8_bit = ["step", *(f"{name}{i}" for name in ("state", "qmap", "absmax") for i in (1, 2))]
@@ -42,18 +44,18 @@ OPTIMIZERS = [  # what each keeps; bitsandbytes' keeps few weights in 32 bits
 DIGEST = hashlib.sha256().digest_size
 
 
-def save_state(folder, step, adapters, optimizer, scaler, identity, plan, best):
+def save_state(folder, step, adapters, optimizer, scaler, identity, plan, best, ranks):
     """Write the state after `step` optimizer steps; older ones go once it is safe on disk.
 
     identity: what a continuation must agree with, {name: plain value}; plan (plan.make) and best (validate.Validation):
-    what it takes over, plain values.
+    what it takes over, plain values. ranks: how many train.
     """
     tensors, numbers = {"vector": adapters.vector.detach()}, {}
     for name, value in optimizer.state[adapters.vector].items():
         kept = tensors if torch.is_tensor(value) else numbers
         kept[f"optimizer.{name}"] = value
     facts = dict(version=VERSION, step=step, numbers=numbers, scaler=scaler.state_dict(), identity=identity)
-    facts |= dict(plan=plan, best=best)
+    facts |= dict(plan=plan, best=best, ranks=ranks)
     blob = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"state": json.dumps(facts)})
     with atomic_write(folder / f"{step:06d}.state") as file:
         file.write(blob)
@@ -100,7 +102,8 @@ def _parts(path, blob):
         raise UserError(f"{path}: not a state of this program ({error}); {ADVICE}") from None
     if type(facts) is dict and facts.get("version", VERSION) != VERSION:
         raise UserError(f"{path}: written by another version of this program; {ADVICE}")
-    check_fields(FACTS, facts, path, ADVICE)
+    checked = check_fields(FACTS, facts, path, ADVICE)
+    facts |= {name: checked[name] for name in ("best", "ranks")}  # which states of earlier versions lack
     vector = tensors.get("vector")
     for name in ("vector", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
         value = tensors.get(name, vector)
@@ -111,7 +114,7 @@ def _parts(path, blob):
     return facts, tensors
 
 
-def restore(state, adapters, optimizer, scaler):
+def restore(state, adapters, optimizer, scaler, ranks=1):
     """Put back what read_state gave. -> how many steps are done, the plan, the best save; 0, None, None without one."""
     if not state:
         return 0, None, None
@@ -125,6 +128,9 @@ def restore(state, adapters, optimizer, scaler):
     if moments:
         optimizer.load_state_dict({"state": {0: moments}, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(facts["scaler"])
+    if ranks != facts["ranks"]:
+        before = many(facts["ranks"], "GPU")
+        print(f"on {many(ranks, 'GPU')} now, {before} before: sums are added in another order, and last bits differ")
     return facts["step"], facts["plan"], facts["best"]
 
 

@@ -34,15 +34,15 @@ class Validation:
     settings: flags.Train. timesteps: T, the length of the noise schedule.
     prepare(batches) -> a function, batch -> squared errors (B,) of its pictures, for the UNet as it is then; batches:
     one of every shape, the largest first. best: {"step", "difference"} of the best save, None before there is one.
-    Where no pictures are held out, nothing is measured.
+    most: pictures to measure at most. Where there are none, nothing is measured.
     """
 
-    def __init__(self, settings, cache, timesteps, adapters, prepare, best):
+    def __init__(self, settings, cache, timesteps, adapters, prepare, best, most):
         self.settings, self.cache, self.batch_size, self.best = settings, cache, settings.train_batch_size, best
         self.edges = np.linspace(0, timesteps, BANDS + 1).astype(int).tolist()  # of the bands
         self.last = None  # what `best` is, of the last measurement
         held_out = cache.index["held_out"]
-        rows = first_by_content(cache.index, held_out, PICTURES)
+        rows = first_by_content(cache.index, held_out, most)
         self.pictures = len(rows)
         self.sets = [rows, first_by_content(cache.index, ~held_out, (len(rows) + 1) // 2)]
         if not self.pictures:

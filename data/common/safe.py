@@ -3,15 +3,16 @@
 Standard library only, as all of data/common, so that a mistyped flag is answered before torch is imported.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from functools import partial
 
-from data.common import streams, system
+from data.common import ranks, streams, system
 from data.common.disk import in_words
-from data.common.errors import UserError, one_line, out_of_memory
+from data.common.errors import MachineError, UserError, one_line, out_of_memory
 
 LIBRARIES = ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB")
 OUT_OF_MEMORY = {
@@ -33,7 +34,8 @@ def run(main, argv):
         before = {signum: signal.signal(signum, partial(_leave, stderr)) for signum in stopping()}
         try:
             system.find_a_place_for_downloads()
-            main(argv)
+            with streams.unheard() if ranks.index() else contextlib.nullcontext():
+                main(argv)
         except UserError as error:
             sys.exit(_report(stderr, error, error.code))
         except KeyboardInterrupt:
@@ -56,7 +58,9 @@ def run(main, argv):
 
 def _report(stderr, message, code):
     sys.stdout.flush(), sys.stderr.flush()
-    stderr.say(f"error: {one_line(message)}")
+    # what is wrong with the command or the numbers is so on every rank, and the first on each host says it
+    if code == MachineError.code or not ranks.local_index():
+        stderr.say(f"{f'rank {ranks.index()}: ' if ranks.index() else ''}error: {one_line(message)}")
     return code
 
 

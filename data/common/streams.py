@@ -77,5 +77,12 @@ def that_cannot_fail():
         sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def unheard():
+    """In here nothing that is printed is seen: it is what the first rank prints as well."""
+    with open(os.devnull, "w") as nobody, contextlib.redirect_stdout(nobody), contextlib.redirect_stderr(nobody):
+        yield
+
+
 def _show(message, category, filename, lineno, file=None, line=None):
     print(f"warning: {one_line(message)}")
