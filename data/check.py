@@ -74,20 +74,23 @@ def has_nvidia():
     return shutil.which("nvidia-smi") is not None
 
 
-def gpu_memory(config, dtype, device):
+def gpu_memory(config, dtype, device, in_4_bits=False):
     """Raise MachineError when the GPU cannot even hold a UNet of this config, of which nothing is needed on disk."""
     import torch
     from diffusers import UNet2DConditionModel
 
+    from data.models.packed import bytes_of
+
     if device.type != "cuda":
         return
     with torch.device("meta"):
-        needed = sum(value.numel() for value in UNet2DConditionModel.from_config(config).parameters()) * dtype.itemsize
+        needed = bytes_of(UNet2DConditionModel.from_config(config), dtype, in_4_bits)
     total = torch.cuda.mem_get_info(device)[1]
     if needed > total:
+        dtype = "nf4" if in_4_bits else str(dtype).removeprefix("torch.")
         raise errors.MachineError(
             f"{torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, and the UNet's weights alone take "
-            f"{needed / 2**30:.1f} in {str(dtype).removeprefix('torch.')}; choose a larger GPU, {ON_THE_CPU}"
+            f"{needed / 2**30:.1f} in {dtype}; choose a larger GPU, {ON_THE_CPU}"
         )
 
 
@@ -120,6 +123,15 @@ def eight_bit_adam(settings):
         flush=True,
     )
     return replace(settings, use_8bit_adam=False)
+
+
+def four_bits(settings):
+    """Raise UserError when train's settings ask for a base in NF4, and its package is not installed."""
+    if settings.base_precision == "nf4" and not importlib.util.find_spec("bitsandbytes"):
+        raise errors.UserError(
+            "--base_precision nf4: the package bitsandbytes is not installed; install it, or train in another "
+            "--output_dir with --base_precision plain"
+        )
 
 
 def precision(setting, device):

@@ -36,6 +36,7 @@ class Origin:
     prediction_type: str = "epsilon"  # or v_prediction
     zero_snr: bool = False  # whether the noise schedule ends in pure noise
     trigger_phrase: str | None = None  # that calls for what was learned
+    base_precision: str = "plain"  # or nf4, in which its weights were held
 
 
 def export(adapters, path, origin):
@@ -56,6 +57,7 @@ def export(adapters, path, origin):
     of_v = origin.prediction_type == "v_prediction"
     metadata = {
         "barelora_base_fingerprint": origin.fingerprint,
+        "barelora_base_precision": None if origin.base_precision == "plain" else origin.base_precision,
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",  # its names of blocks
         "modelspec.prediction_type": "v" if of_v else "epsilon",

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import PRECOMPUTE, ROOT, TRAIN, precompute
 
-from data.common.imports import UNUSED, lean, without
-from train.optimizer import COMPILER
+from data.common.imports import COMPILER, UNUSED, lean, without
 
 
 def imported(module, *flags):

@@ -288,7 +288,9 @@ def test_the_first_and_the_last_line_say_what_is_done(cached, tmp_path, capsys):
     train(folder, "--max_train_steps", 12, "--checkpointing_steps", 5)
     out = capsys.readouterr().out
     assert "8 pictures, none held out; batch 2 × 2 = 4 a step; 12 steps = 6.0 epochs\n" in out
-    assert "rank 4 on 128 projections, 0.08 million weights; --mixed_precision no; nothing recomputed\n" in out
+    assert (
+        "rank 4 on 128 projections, 0.08 million weights; --mixed_precision no, --base_precision plain; nothing" in out
+    )
     assert "a save after every 5 steps: 2 states of 1 MiB and 4 × 1 MiB of weights; from step 0\n" in out
     assert re.search(r"2 more steps will take about \d+\.\d minutes", out)
     assert f"{folder}/lora.safetensors after " in out and f"next: python -m infer --output_dir {folder} --prompt" in out

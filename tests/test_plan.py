@@ -1,5 +1,6 @@
 """Which blocks to recompute: the arithmetic of it, on blocks of random cost; on a GPU, against what the memory does."""
 
+import gc
 import itertools
 import json
 import math
@@ -26,10 +27,13 @@ def blocks(seed, count=8):
 
 def written_out(made, kept):
     """The peak by its definition: the most over all blocks, each with the activations that those before it keep."""
-    return (
-        max(b.peak + sum(a.extra for j, a in enumerate(made[:i]) if j in kept) for i, b in enumerate(made))
-        + plan.UNUSED
-    )
+    held = [a.extra + a.extra // plan.SHARE if j in kept else 0 for j, a in enumerate(made)]
+    return max(b.peak + sum(held[:i]) for i, b in enumerate(made)) + plan.UNUSED
+
+
+def aside(made, kept):
+    """What the plan sets aside for memory that the allocator holds and does not use."""
+    return plan.UNUSED + sum(made[i].extra for i in kept) // plan.SHARE
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -116,14 +120,16 @@ def test_a_plan_holds_for_the_flags_and_the_device_it_was_made_for():
 def test_pictures_take_their_share_of_the_budget(monkeypatch, capsys):
     """As if the budget were as much smaller; and a plan that was made without them is made anew."""
     gpu, made = torch.device("cuda"), blocks(3)
-    for name, answer in dict(get_device_name="a GPU", mem_get_info=(0, 0), memory_reserved=0, empty_cache=None).items():
+    for name, answer in dict(
+        get_device_name="a GPU", mem_get_info=(2**34, 2**34), memory_reserved=0, empty_cache=None
+    ).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(plan, "on_side_stream", lambda function: function())
     monkeypatch.setattr(plan, "measure", lambda *_: blocks(3))
-    budget = peak(made, set(range(len(made))))
+    budget = peak(made, set(range(len(made)))) + plan.GRAPH
     without = plan.make(budget / 2**30, False, None, None, gpu, 0, None)
     assert without["recomputed"] == [] and "pictures" not in capsys.readouterr().out
-    kept = choose(made, budget - 150)
+    kept = choose(made, budget - plan.GRAPH - 150)
     beside = plan.make(budget / 2**30, False, None, None, gpu, 0, without, pictures=150)
     assert beside["recomputed"] == [block.name for i, block in enumerate(made) if i not in kept] != []
     assert "GiB are kept for pictures of the validation prompts" in capsys.readouterr().out
@@ -145,6 +151,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
     """All, half and no blocks recomputed, on a large batch, in an eager run, in bytes that are in use."""
     from train.loop import setup
 
+    gc.collect()  # what earlier tests left on the GPU would go between the plan and the run
     values = settings("train", output_dir=str(cached), train_batch_size=256, rank=4, no_cuda_graph=True)
     seen = []
     real = plan.measure
@@ -161,7 +168,7 @@ def test_the_predicted_peak_is_the_runs(cached, capfd):
         run.micro_step(batch)
         torch.cuda.reset_peak_memory_stats()
         run.micro_step(batch)
-        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - plan.UNUSED, rel=0.05)
+        assert torch.cuda.max_memory_allocated() == pytest.approx(peak(made, kept) - aside(made, kept), rel=0.05)
     assert peak(made, everything) - plan.UNUSED > 1.2 * (
         peak(made, set()) - plan.UNUSED
     )  # else the agreement would say nothing
@@ -183,8 +190,10 @@ def test_a_gpu_with_less_memory_than_it_says_exits_3_with_the_knobs(cached, tmp_
 @pytest.mark.gpu
 def test_too_small_a_budget_exits_3_and_names_one_that_does(cached, tmp_path):
     shutil.copytree(cached, tmp_path / "run")
-    output = command("train", "--output_dir", tmp_path / "run", *TRAIN, "--vram_gib", 0.001, code=3)
-    assert "at least --vram_gib 0." in output
+    words = ("train", "--output_dir", tmp_path / "run", *TRAIN, "--vram_gib")
+    smallest = command(*words, 0.001, code=3).split("at least --vram_gib ")[1].split()[0]
+    assert 0.375 < float(smallest) < 3  # of the toy it is all CUDA's own
+    command(*words, smallest)
 
 
 def test_blocks_of_another_unet_are_refused(unet):

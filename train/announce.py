@@ -22,7 +22,7 @@ def before(run):
     blocks = "every block" if recomputed is None else many(len(recomputed), "block") if recomputed else "nothing"
     print(
         f"rank {settings.rank} on {len(run.adapters.projections())} projections, {trained / 1e6:,.2f} million weights; "
-        f"--mixed_precision {settings.mixed_precision}; {blocks} recomputed"
+        f"--mixed_precision {settings.mixed_precision}, --base_precision {settings.base_precision}; {blocks} recomputed"
     )
     state, export, exports = bytes_to_save(
         settings, run.adapters.vector.numel(), run.start, run.validation.pictures > 0

@@ -8,7 +8,7 @@ going on after a stop is running the same command again.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from data.cache import Cache, cache_folder
 from data.common.errors import NumbersError, Stopped, UserError
 from data.common.flags import Train
 from data.common.safe import Signals
-from data.models import fused
+from data.models import fused, packed
 from data.models.files import Model, load, torch_dtype
 from data.models.identity import check_unchanged
 from lora import files
 from lora.adapters import Adapters
 from lora.attention import fuse_projections
 from lora.inject import inject
-from train import announce, diffusion, graph, parallel, plan
+from train import announce, diffusion, graph, parallel, plan, precision
 from train.batches import Batches
 from train.health import Health, describe
 from train.optimizer import check_flags, learning_rate, make_optimizer
@@ -137,18 +137,22 @@ def setup(settings, folder):
     base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
     ranks = parallel.join(device)
-    check.gpu_memory(base.unet_config(), dtype, device)
+    first = ranks.index == 0  # which has the folder; the others are told
+    config, shapes = base.unet_config(), cache.manifest["posterior_shapes"]
+    decided = precision.of_the_base(settings, config, shapes, dtype, device) if first else None
+    settings = replace(settings, base_precision=ranks.from_first(decided))
+    in_4_bits = settings.base_precision == "nf4"
+    check.gpu_memory(config, dtype, device, in_4_bits)
     check_flags(settings)
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
     identity = identity_of(folder, settings, cache.manifest, base=name, revision=base.revision, **of_the_model)
-    first = ranks.index == 0  # which has the folder; the others are told
     state = ranks.from_first(read_state(folder / "state", identity) if first and not settings.restart else None)
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
-    unet = load_unet(base, cache, dtype, device)
+    unet = load_unet(base, cache, dtype, device, in_4_bits)
     adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
@@ -185,6 +189,7 @@ def setup(settings, folder):
             prediction_type=scheduler["prediction_type"],
             zero_snr=scheduler["rescale_betas_zero_snr"],
             trigger_phrase=cache.manifest.get("instance_prompt"),
+            base_precision=settings.base_precision,
         ),
         samples=Samples(settings, folder, cache, base, vae, unet, first),
         start=start,
@@ -210,6 +215,7 @@ def plan_and_capture(run):
         optimizer_bytes,
         run.memory_plan,
         run.samples.memory,
+        len(samples),
     )
     plan.recompute(run.unet, run.memory_plan["recomputed"])
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)
@@ -230,12 +236,14 @@ def give_up(run, writer, step, error):
     return NumbersError(f"{error} ({where}){kept}")
 
 
-def load_unet(base, cache, dtype, device):
+def load_unet(base, cache, dtype, device, in_4_bits):
     """The base model's UNet, frozen. Raises UserError when it is not of SDXL's kind or does not fit the cached text."""
 
     def prepare(unet):
         fuse_projections(unet)
         fused.fuse(unet, device)
+        if in_4_bits:
+            packed.pack(unet, device)
 
     unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]

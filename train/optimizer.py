@@ -6,10 +6,8 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from data.common.errors import UserError
-from data.common.imports import without
+from data.common.imports import COMPILER, without
 
-# What bitsandbytes compiles as it is imported, for a CPU: seconds. Without these it takes the functions as they are.
-COMPILER = ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
 CYCLES = 3  # of cosine_with_restarts; with diffusers' own default, one, it would be cosine
 POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
 

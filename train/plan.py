@@ -17,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from data.common.errors import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
-UNUSED = 7 * 2**26  # bytes that the allocator holds without using them: 0.17 to 0.43 GiB were seen at SDXL's size
+# Bytes that the allocator holds without using them: 0.11 to 0.18 GiB at SDXL's size with every block recomputed, 0.3
+# with 4 GiB of activations kept, of which a share is therefore set aside.
+UNUSED, SHARE = 3 * 2**27, 32
+# Bytes beside the allocator: the most that CUDA and its libraries were seen to hold, what of it is taken in the first
+# micro-step, and what a captured graph takes.
+CUDA, LIBRARIES, GRAPH = 15 * 2**26, 5 * 2**26, 2**26
 
 
 @dataclass
@@ -51,21 +56,37 @@ def peak(blocks, kept):
     most = before = 0
     for i, block in enumerate(blocks):
         most = max(most, block.peak + before)
-        before += block.extra * (i in kept)
+        before += (block.extra + block.extra // SHARE) * (i in kept)
     return most + UNUSED
 
 
-def choose(blocks, budget):
+def room(vram_gib, device, later):
+    """-> bytes that the allocator may hold, and bytes beside it: what CUDA and other programs hold, and `later`.
+
+    Together they are --vram_gib; without it, or where less is free, the first is what is free. Other programs that hold
+    more than CUDA needs itself take no more than that from --vram_gib, because it is about this one.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)
+    beside = min(total - there, CUDA)
+    if vram_gib:
+        there = min(there, int(vram_gib * 2**30) - beside)
+    return there - later, beside + later
+
+
+def choose(blocks, budget, beside=0):
     """Indices of the blocks to keep: those that save the most time for their memory, as many as fit.
 
-    Raises MachineError with the smallest budget that would do.
+    budget: the allocator's. Raises MachineError with the smallest --vram_gib that would do, in which the bytes `beside`
+    the allocator are counted.
     """
     least = peak(blocks, set())
     if least > budget:
-        smallest = math.ceil(least / 2**30 * 100) / 100
+        smallest = math.ceil((least + beside) / 2**30 * 100) / 100
         raise MachineError(
             f"the memory is too small: at least --vram_gib {smallest:.2f} is needed, with every block recomputed, and "
-            f"{budget / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution"
+            f"{(budget + beside) / 2**30:.2f} are there; use a smaller --train_batch_size, --rank or --resolution, or "
+            "--base_precision nf4 where it is not that already"
         )
     kept = set()
     for i in sorted(range(len(blocks)), key=lambda i: blocks[i].seconds / max(1, blocks[i].extra), reverse=True):
@@ -121,12 +142,13 @@ def _without_gradient(block, args):
     return block(*args)
 
 
-def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, before, pictures=0):
+def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, before, pictures=0, shapes=1):
     """The run's plan, a dict that is kept with its state; what was decided is printed in one line.
 
     vram_gib, gradient_checkpointing: the flags. step(): one forward and backward of the largest shape, eagerly.
     state_bytes: what the optimizer will hold that is not allocated yet. before: the plan in the run's state; it holds
     as long as it was made for the same flags and device. pictures: bytes that drawing takes next to what a step holds.
+    shapes: how many shapes of batches there are, each with a graph of its own.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_for = dict(vram_gib=vram_gib, gradient_checkpointing=gradient_checkpointing, device=name)
@@ -143,17 +165,18 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
     if gradient_checkpointing or device.type != "cuda":
         return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
+    torch.cuda.empty_cache()
+    budget, beside = room(vram_gib, device, GRAPH * shapes)
     for block in blocks:
         block.peak += state_bytes + pictures
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    budget = int(vram_gib * 2**30) if vram_gib else free
     if pictures:
         print(f"memory: {pictures / 2**30:.2f} GiB are kept for pictures of the validation prompts", flush=True)
-    kept = choose(blocks, budget)
+    kept = choose(blocks, budget, beside)
     recomputed = [block.name for i, block in enumerate(blocks) if i not in kept]
+    predicted = peak(blocks, kept) + beside
     print(
-        f"memory: budget {budget / 2**30:.2f} GiB, predicted peak {peak(blocks, kept) / 2**30:.2f} GiB, "
+        f"memory: budget {(budget + beside) / 2**30:.2f} GiB, predicted peak {predicted / 2**30:.2f} GiB, "
+        f"{beside / 2**30:.2f} of both for CUDA itself and other programs; "
         f"{len(recomputed)} of {len(blocks)} blocks recomputed",
         flush=True,
     )

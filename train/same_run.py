@@ -27,7 +27,7 @@ from lora.contents import look
 MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_train_epochs", "checkpointing_steps"}
 MAY_CHANGE |= {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "private"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
-DEFAULTS = {flag.name: flag.default for flag in fields(Train)}
+DEFAULTS = {flag.name: flag.default for flag in fields(Train)} | dict(base_precision="plain")
 DIGESTS = {  # of the identity, and what another one means
     "unet": "another UNet",
     "scheduler": "another noise schedule or prediction type",
@@ -109,6 +109,14 @@ def with_the_weights_facts(run, settings, argv, text_width):
         if value != of_the_file and not near:
             raise UserError(f"--{name} {value}: {path} has {of_the_file}; leave the flag out, or give that value")
     return replace(settings, **facts)
+
+
+def with_its_base(run, settings):
+    """-> the settings with the precision that the base of the run has which goes on, where no flag says one."""
+    there = _there(run, settings.restart)
+    if settings.base_precision or there is None:
+        return settings
+    return replace(settings, base_precision=(DEFAULTS | there)["base_precision"])
 
 
 def check_same(run, there, here):

@@ -32,6 +32,7 @@ FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least and the largest that is
 DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of - and --
 PRECISIONS = ("no", "fp16", "bf16")
 PREDICTIONS = ("epsilon", "v_prediction")
+BASES = ("plain", "nf4")
 LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
 TRACKERS = ("tensorboard", "wandb")  # their packages' names; what train/trackers.py's KINDS has
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -149,9 +150,16 @@ class Train:
     mixed_precision: str = flag(
         "fp16", "base weights and activations; LoRA weights are fp32 always", choices=PRECISIONS
     )
+    base_precision: str | None = flag(
+        None,
+        "plain: the base as --mixed_precision says; nf4: its linear weights in 4 bits; default: nf4 where all else is "
+        "too large",
+        choices=BASES,
+    )
     vram_gib: float | None = flag(
         None,
-        "GPU memory to stay within, GiB; as few blocks' activations as possible are recomputed; default: what is free",
+        "GPU memory to stay within, GiB, all that CUDA holds counted; as little as possible is recomputed; default: "
+        "what is free",
         above=0,
     )
     gradient_checkpointing: bool = flag(

@@ -8,6 +8,8 @@ import sys
 # these are half of the seconds before anything begins.
 UNUSED = ("accelerate", "bitsandbytes", "flash_attn", "gguf", "peft", "sageattention", "scipy", "sentencepiece")
 UNUSED += ("sklearn", "soundfile", "soxr", "torch_xla", "torchao", "torchaudio", "torchvision", "xformers")
+# What bitsandbytes compiles as it is imported, for a CPU: seconds. Without these it takes the functions as they are.
+COMPILER = ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
 
 
 def lean(*more):

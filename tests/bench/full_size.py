@@ -166,7 +166,7 @@ def command(work, module, *flags, cap=T4_GIB):
 def while_training(work, precompute, precision):
     """-> [facts of a training], without and with pictures, at batch 1 and at one that fills the budget.
 
-    precompute: its flags. Of the budget 0.9 GiB are left to CUDA itself, as a T4 would.
+    precompute: its flags.
     """
     found = []
     for prompts in ((), ("--validation_prompt", "a red house in the forest", "an old man at the sea")):
@@ -175,7 +175,7 @@ def while_training(work, precompute, precision):
             run = work / f"batch-{batch}{'-pictures' * bool(prompts)}"
             how = ("--output_dir", run, "--cache_dir", work / "run" / "cache", "--mixed_precision", precision)
             how += ("--train_batch_size", batch, "--gradient_accumulation_steps", 1, "--use_8bit_adam")
-            how += ("--vram_gib", T4_GIB - 0.9, "--max_train_steps", 8, "--checkpointing_steps", 2)
+            how += ("--vram_gib", T4_GIB, "--max_train_steps", 8, "--checkpointing_steps", 2)
             printed, facts = command(work, "train", *how)
             seconds = [json.loads(line)["s_per_step"] for line in open(run / "metrics.jsonl")]
             pictures = len(list(run.glob("samples/*.png")))

@@ -2,7 +2,7 @@
 
 SDXL's UNet at full size with random weights, 1024², rank 32, fp16, AdamW8bit. The reference is what every known
 trainer amounts to: diffusers and peft, autocast, every block recomputed, kernels started from Python. The reference's
-lines run in one process, ours in another, --deterministic in its own; "buckets" is ours with batches of all shapes
+lines run in one process, ours in another, some in their own; "buckets" is ours with batches of all shapes
 about 1024² in turn. Attention "efficient" is PyTorch's memory-efficient kernel alone, the one that a T4 has. All else
 runs on a T4 as well, and so these lines, the reference's and ours, are a T4's. Without a GPU a small UNet runs, which
 shows that the benchmark works and nothing else. Writes OUT/step.json.
@@ -37,7 +37,8 @@ from train.batches import Batches
 from train.loop import setup
 
 TFLOP = 13.6  # for each sample: the forward, and the backward that frozen weights still need
-BUDGETS = (24, 14.56, 11, 8, 6.5)
+BUDGETS = (24, 14.56, 11, 8, 6.5, 5, 4.5)  # with what CUDA itself takes; the last three on a base in NF4
+APART = ("--deterministic", "--vram_gib=4", "--vram_gib=5", "nf4")
 SLOTS, STEPS = 4, 8
 
 
@@ -91,7 +92,9 @@ def ours(work, cuda, batch, *flags):
         run.adapters.refresh()
 
     batch = run.batches.draw(0, 0)
-    return step, lambda: run.micro_step(batch), dict(recomputed=len(run.memory_plan["recomputed"] or []), losses=losses)
+    recomputed = run.memory_plan["recomputed"]
+    facts = dict(recomputed="all" if recomputed is None else len(recomputed), base=run.settings.base_precision)
+    return step, lambda: run.micro_step(batch), facts | dict(losses=losses)
 
 
 def reference(work, cuda, batch):
@@ -234,12 +237,16 @@ def machine(work):
     return dict(device=torch.cuda.get_device_name(), torch=torch.__version__, matmul_tflops=matmul_tflops())
 
 
-def gradient_cosine(work):
-    """Cosine of one micro-batch's fp16 gradient with its fp32 one; B is not zero, so that A has a gradient too."""
+def gradient_cosines(work):
+    """Cosines of one micro-batch's gradients with each other: in fp32, in fp16, and in fp16 with the base in NF4.
+
+    B is not zero, so that A has a gradient too.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    gradients = []
-    for precision in ("no", "fp16"):
-        flags = ["--output_dir", str(work), "--mixed_precision", precision, "--gradient_checkpointing"]
+    gradients = {}
+    for name, precision, base in (("fp32", "no", "plain"), ("fp16", "fp16", "plain"), ("nf4", "fp16", "nf4")):
+        flags = ["--output_dir", str(work), "--mixed_precision", precision, "--base_precision", base]
+        flags += ["--gradient_checkpointing"]
         settings = parse("train", flags)
         run = setup(settings, work)
         for _, B in run.adapters.projections().values():
@@ -247,14 +254,16 @@ def gradient_cosine(work):
         run.adapters.refresh()
         run.adapters.vector.grad.zero_()
         run.micro_step(run.batches.draw(0, 0))
-        gradients.append(run.adapters.vector.grad.cpu().double())
+        gradients[name] = run.adapters.vector.grad.cpu().double()
         del run
-    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    pairs = itertools.combinations(gradients.items(), 2)
+    return {f"{a} {b}": torch.nn.functional.cosine_similarity(x, y, dim=0).item() for (a, x), (b, y) in pairs}
 
 
 def process(line):
-    """What names the process of a line: lines of one kind share one, --deterministic has its own."""
-    return line.split("@")[0], "--deterministic" in line
+    """What names the process of a line: those of one kind share one, and small budgets have their own, because of what
+    earlier lines leave behind."""
+    return line if any(word in line for word in APART) else line.split("@")[0]
 
 
 def main():
@@ -262,7 +271,9 @@ def main():
     parser.add_argument("out", type=Path)
     example = "kind@batch@attention@flags, e.g. ours@1@default@--vram_gib=24; default: all"
     parser.add_argument("--lines", nargs="+", help=example)
-    parser.add_argument("--cosine", action="store_true", help="of the fp16 gradient next to --lines; without, always")
+    parser.add_argument(
+        "--cosine", action="store_true", help="of the gradient in several precisions, next to --lines; without, always"
+    )
     args = parser.parse_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     work = args.out / "work"
@@ -279,12 +290,16 @@ def main():
         lines += [
             f"ours@1@default@--vram_gib=24@{flag}" for flag in ("--no_cuda_graph", "--no_cuda_graph", "--deterministic")
         ]
+        lines += [
+            "ours@1@default@--vram_gib=4@--rank=16",
+            "ours@1@default@--base_precision=nf4@--gradient_checkpointing",
+        ]
         lines += ["buckets@1@default@--vram_gib=14.56"]
     for _, together in itertools.groupby(args.lines or lines, process):
         results = apart(measure_all, work, args.out / "step.json", results, [line.split("@") for line in together])
     if results["device"] != "cpu" and (args.cosine or not args.lines):
-        results["gradient_cosine_fp16_to_fp32"] = apart(gradient_cosine, work)
-        print("cosine of the fp16 gradient with the fp32 one:", results["gradient_cosine_fp16_to_fp32"])
+        results["gradient_cosines"] = apart(gradient_cosines, work)
+        print("cosines of the gradient in several precisions:", results["gradient_cosines"])
         (args.out / "step.json").write_text(json.dumps(results, indent=1))
     print_table(results)
     shutil.rmtree(work)
