@@ -152,10 +152,9 @@ class LoadedVAE:
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
         def prepare(vae):
-            vae.decoder = None
-            vae.encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
+            vae.decoder, encoder = None, vae.encoder
+            encoder.mid_block.attentions[0].set_processor(OneHeadAttention())
             fused.fuse(vae, device)
-            encoder = vae.encoder
             encoder.down_blocks[0] = InSlices(encoder.conv_in, encoder.down_blocks[0])
             encoder.conv_in = nn.Identity()
 
@@ -246,11 +245,11 @@ def fastest_convolutions():
 class InSlices(nn.Sequential):
     """The first level of the VAE's encoder, with the convolution before it, a few pictures at a time.
 
-    Its tensors are as large as the pictures, four times those of the next level, and take the most memory by far. How
-    many pictures is a function of their shape alone, because how a picture is rounded may depend on it.
+    Its tensors are as large as the pictures, twice those of the next level, and take the most memory. How many pictures
+    is a function of their shape and the dtype alone, because how a picture is rounded depends on it.
     """
 
-    BYTES = 2**21  # for one channel: one picture of 1024 × 1024 in half precision
+    BYTES = 2**22  # for one channel: two pictures of 1024 × 1024 in half precision
 
     def forward(self, x):
         """x (B, 3, H, W) -> (B, C, H / 2, W / 2)"""

@@ -44,12 +44,12 @@ def fit(unet, vae, resolution, dtype, loras, there, beside):
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(unet)
     sizes = {name: _bytes(model.get_submodule(name), dtype) for name in blocks(model)}
-    held = _bytes(model, dtype) + max((of_a_lora(model, contents, dtype) for contents in loras), default=0)
-    drawings = {tiles: drawing(unet, vae, resolution, dtype, tiles) for tiles in (False, True)}
-    tiles = held + drawings[False] > there
+    weights, lora = _bytes(model, dtype), max((of_a_lora(model, contents, dtype) for contents in loras), default=0)
+    tiles = weights + lora + drawing(unet, vae, resolution, dtype, tiles=False) > there
+    rest = lora + drawing(unet, vae, resolution, dtype, tiles)
     for count in range(len(sizes) + 1):
         chosen = _spread(tuple(sizes), count)
-        needed = held + drawings[tiles] + PLACES * max(map(sizes.get, chosen), default=0) - sum(map(sizes.get, chosen))
+        needed = weights + in_exchange([sizes[name] for name in chosen]) + rest
         if needed <= there:
             break
     else:
@@ -83,6 +83,11 @@ def blocks(unet):
 def _spread(names, count):
     """`count` of the names, as far from one another as possible, so that each arrives while those between compute."""
     return tuple(names[i * len(names) // count] for i in range(count))
+
+
+def in_exchange(sizes):
+    """Bytes that the GPU holds more, most often less, when blocks of these sizes are in RAM: their places, not them."""
+    return PLACES * max(sizes, default=0) - sum(sizes)
 
 
 def of_a_lora(unet, contents, dtype):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from data.buckets import time_ids
 from data.common.errors import UserError
 from data.encoders import VAE, TextEncoders
-from data.loaded import in_chunks
+from data.loaded import InSlices, in_chunks
 from data.models.files import Model
 from data.models.identity import identities
 
@@ -314,3 +314,18 @@ def test_cudnn_tries_its_algorithms_while_the_vae_runs_and_only_then(monkeypatch
     assert not torch.backends.cudnn.benchmark
     list(vae.encode([(None, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))]))
     assert seen == [True] and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("side, at_once", [(64, [2, 2, 1]), (128, [1] * 5), (32, [5])])
+def test_the_first_level_sees_a_few_pictures_at_a_time(side, at_once, monkeypatch):
+    """As many as their size allows, in their order, and the others all of the batch."""
+    monkeypatch.setattr(InSlices, "BYTES", 2 * 64 * 64 * 4)
+    vae, first, second = VAE(Model(str(PIPELINE)), "no").load(CPU), [], []
+    encoder = vae.vae.encoder
+    encoder.down_blocks[0][0].register_forward_pre_hook(lambda _, given: first.append(len(given[0])))
+    encoder.down_blocks[1].register_forward_pre_hook(lambda _, given: second.append(len(given[0])))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), np.uint8)
+    ((_, together),) = vae.encode([(None, vae.stage(pixels))])
+    assert first == at_once and second == [5]
+    alone = torch.cat([posterior for _, posterior in vae.encode((None, vae.stage(one[None])) for one in pixels)])
+    torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)

@@ -69,7 +69,7 @@ def test_the_weights_that_are_counted_are_those_on_the_device(late):  # noqa: F8
     in_places = {weight.data_ptr() for block in blocks.blocks for weight in block.parameters()}
     there = sum(w.nbytes for w in other.parameters() if w.data_ptr() not in in_places) + blocks.places.nbytes
     sizes = [memory._bytes(unet.get_submodule(name), torch.float32) for name in chosen]
-    counted = whole - sum(sizes) + memory.PLACES * max(sizes)
+    counted = whole + memory.in_exchange(sizes)
     assert counted <= there < counted * 1.01  # each tensor begins at a round address
     contents = SimpleNamespace(rank=4, kind="attn")
     lora = memory.of_a_lora(unet, contents, torch.float32)

@@ -155,12 +155,24 @@ def make_pictures(folder, count, side):
 
 def command(work, module, *flags, cap=T4_GIB):
     """Run python -m module under the cap, GiB. -> (what it printed, {seconds_with_imports, peaks})"""
-    peaks = work / "peaks.json"
+    peaks, others = work / "peaks.json", held()
     began = time.perf_counter()
     argv = [sys.executable, "-c", CAPPED, cap, peaks, module, *flags]
     printed = subprocess.run(list(map(str, argv)), check=True, stdout=subprocess.PIPE, text=True).stdout
     print(printed)
-    return printed, dict(seconds_with_imports=time.perf_counter() - began) | json.loads(peaks.read_text())
+    facts = dict(seconds_with_imports=time.perf_counter() - began) | json.loads(peaks.read_text())
+    if torch.cuda.is_available():
+        facts["beside_gib"] -= others
+    return printed, facts
+
+
+def held():
+    """GiB of the GPU's memory that programs hold now, this one among them."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()  # what making the models left
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
 
 
 def while_training(work, precompute, precision):
