@@ -72,7 +72,7 @@ def fit(unet, vae, resolution, dtype, loras, there, beside):
 def blocks(unet):
     """Names of a UNet's resnets and transformer blocks, in the order of a forward. They hold most of its weights."""
     names = {module: name for name, module in unet.named_modules()}
-    for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    for level in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks)):  # some models have no middle
         attentions = dict(level.named_children()).get("attentions", ())
         for resnet, attention in zip_longest(level.resnets, attentions):
             yield names[resnet]

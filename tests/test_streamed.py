@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import inject_filled, narrow_sdxl_unet, predict, unet_inputs
+from conftest import NARROW, SDXL, inject_filled, predict, unet_inputs
+from diffusers import UNet2DConditionModel
 
 from data.common.errors import MachineError
 from infer import memory, streamed
@@ -91,10 +92,11 @@ def test_another_order_is_slower_and_right(unet, late):
     assert len(blocks.copies.made) >= 2 * len(blocks.ram)
 
 
-def test_the_order_is_that_of_a_forward_and_nothing_large_is_left_out():
-    unet, seen = narrow_sdxl_unet(), []
+@pytest.mark.parametrize("middle, count", [("UNetMidBlock2DCrossAttn", 87), ("UNetMidBlock2D", 76), (None, 75)])
+def test_the_order_is_that_of_a_forward_and_nothing_is_left_out(middle, count):
+    unet, seen = UNet2DConditionModel(**SDXL | NARROW | dict(mid_block_type=middle)), []
     names = list(memory.blocks(unet))
-    assert len(names) == 87 == len(set(names))
+    assert len(names) == count == len(set(names))
     for name in names:
         unet.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.append(name))
     condition = dict(text_embeds=torch.zeros(1, 16), time_ids=torch.zeros(1, 6))
