@@ -204,14 +204,14 @@ def memory(monkeypatch, total, held, reserved=0):
 def test_the_budget_counts_what_is_held_beside_the_allocator(monkeypatch):
     gib = 2**30
     memory(monkeypatch, 80, 0.5, reserved=3)
-    assert plan.room(8, GPU, gib // 4) == (7.25 * gib, 0.75 * gib)
-    assert plan.room(None, GPU, gib // 4) == (79.25 * gib, 0.75 * gib)
+    assert check.room(8, GPU, gib // 4) == (7.25 * gib, 0.75 * gib)
+    assert check.room(None, GPU, gib // 4) == (79.25 * gib, 0.75 * gib)
     memory(monkeypatch, 8, 0.875)  # a desktop and CUDA: never more than is free
-    assert plan.room(8, GPU, 0) == (7.125 * gib, 0.875 * gib) and plan.room(24, GPU, 0)[0] == 7.125 * gib
+    assert check.room(8, GPU, 0) == (7.125 * gib, 0.875 * gib) and check.room(24, GPU, 0)[0] == 7.125 * gib
     memory(monkeypatch, 80, 40)  # somebody else's training is no part of ours
-    there, beside = plan.room(8, GPU, 0)
-    assert there + beside == 8 * gib and beside == plan.CUDA
-    assert sum(plan.room(4, GPU, gib)) == 4 * gib
+    there, beside = check.room(8, GPU, 0)
+    assert there + beside == 8 * gib and beside == check.CUDA
+    assert sum(check.room(4, GPU, gib)) == 4 * gib
 
 
 def test_the_estimate_is_of_what_there_is_to_hold():

@@ -14,15 +14,14 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from data import check
 from data.common.errors import MachineError, UserError
 from train.graph import on_side_stream, seconds
 
 # Bytes that the allocator holds without using them: 0.11 to 0.18 GiB at SDXL's size with every block recomputed, 0.3
 # with 4 GiB of activations kept, of which a share is therefore set aside.
 UNUSED, SHARE = 3 * 2**27, 32
-# Bytes beside the allocator: the most that CUDA and its libraries were seen to hold, what of it is taken in the first
-# micro-step, and what a captured graph takes.
-CUDA, LIBRARIES, GRAPH = 15 * 2**26, 5 * 2**26, 2**26
+GRAPH = 2**26  # bytes that a captured graph takes beside the allocator
 
 
 @dataclass
@@ -58,20 +57,6 @@ def peak(blocks, kept):
         most = max(most, block.peak + before)
         before += (block.extra + block.extra // SHARE) * (i in kept)
     return most + UNUSED
-
-
-def room(vram_gib, device, later):
-    """-> bytes that the allocator may hold, and bytes beside it: what CUDA and other programs hold, and `later`.
-
-    Together they are --vram_gib; without it, or where less is free, the first is what is free. Other programs that hold
-    more than CUDA needs itself take no more than that from --vram_gib, because it is about this one.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    there = free + torch.cuda.memory_reserved(device)
-    beside = min(total - there, CUDA)
-    if vram_gib:
-        there = min(there, int(vram_gib * 2**30) - beside)
-    return there - later, beside + later
 
 
 def choose(blocks, budget, beside=0):
@@ -166,7 +151,7 @@ def make(vram_gib, gradient_checkpointing, unet, step, device, state_bytes, befo
         return made | dict(recomputed=None if gradient_checkpointing else [])
     blocks = on_side_stream(partial(measure, unet, step))
     torch.cuda.empty_cache()
-    budget, beside = room(vram_gib, device, GRAPH * shapes)
+    budget, beside = check.room(vram_gib, device, GRAPH * shapes)
     for block in blocks:
         block.peak += state_bytes + pictures
     if pictures:

@@ -12,6 +12,7 @@ import math
 import torch
 from diffusers import UNet2DConditionModel
 
+from data import check
 from data.models.packed import bytes_of
 from lora.inject import targets
 from train import plan
@@ -30,7 +31,7 @@ def of_the_base(settings, config, shapes, dtype, device):
     """
     if settings.base_precision or device.type != "cuda":
         return settings.base_precision or "plain"
-    there, beside = plan.room(settings.vram_gib, device, plan.LIBRARIES + plan.GRAPH * len(shapes))
+    there, beside = check.room(settings.vram_gib, device, check.LIBRARIES + plan.GRAPH * len(shapes))
     needed = least(settings, config, shapes, dtype, in_4_bits=False)
     if needed <= there or not importlib.util.find_spec("bitsandbytes"):
         return "plain"
