@@ -284,6 +284,7 @@ def test_order_of_rows_and_other_rows_change_no_text(tagged, tmp_path):
     assert captions(tmp_path / "d", shuffle_caption=True)[0] == found[:3:-1]
 
 
+@pytest.mark.slow
 def test_each_order_is_drawn_about_equally_and_nothing_else_changes(shuffled, tagged, tmp_path):
     """On a stream of its own: pictures, noise and the caption that is drawn are those of a cache without orders."""
     precompute(tmp_path / "plain", tagged)

@@ -130,6 +130,7 @@ def test_a_gpu_without_fp16_is_refused(monkeypatch):
     check.precision("fp16", CUDA)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_cannot_hold_the_unet_is_refused_by_its_config_alone(monkeypatch):
     gpu(monkeypatch, "GTX 1650", (7, 5), gib=4)
     with pytest.raises(MachineError, match="GTX 1650 has 4.0 GiB, and the UNet's weights alone take 4.8 in float16"):

@@ -214,6 +214,7 @@ def test_every_file_is_looked_at_before_a_picture_is_drawn(run, trained, wide, t
         assert not list((trained / "compare").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_leaves_nothing_of_an_earlier_call(trained, monkeypatch):
     """More rows, more prompts, a report, scores: what lies beside the new pictures would be taken for theirs."""
     folder = trained / "compare"
@@ -357,6 +358,7 @@ def test_another_base_is_said_only_where_both_are_known(metadata, name, here, sa
     assert ("was trained on" in capsys.readouterr().out) == said
 
 
+@pytest.mark.slow
 def test_a_weights_file_can_be_named(run, trained):
     earlier = compare(trained, PROMPTS[0], lora_path=run.folder / "lora-000002.safetensors")
     first = pictures(run.folder)

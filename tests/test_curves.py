@@ -251,6 +251,7 @@ def colour_of(page, colour):
     return np.argwhere(np.abs(np.asarray(page, dtype=int) - rgb).max(axis=2) < 30)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_each_run_in_its_colour_where_its_values_are(tmp_path):
     low = series(read(write(tmp_path / "low", 30, lambda n: dict(loss=0.1))))
     high = series(read(write(tmp_path / "high", 30, lambda n: dict(loss=0.9))))

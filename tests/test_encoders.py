@@ -285,6 +285,7 @@ def test_text_that_is_not_finite_is_refused(model):
         TextEncoders(Model(str(model)), "no").load(CPU)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_follows_content_precision_and_nothing_else(model):
     """A row is found by it: two encoders that differ must not share one, a folder that moved must not lose it."""
 

@@ -432,6 +432,7 @@ def test_a_file_of_another_tool_loads_to_the_same_weights(tool, layers, unet, _t
     assert look(tmp_path / "theirs.safetensors").kind == layers
 
 
+@pytest.mark.slow
 def test_what_diffusers_saves_is_read(unet, _toy_unet, tmp_path):
     """Its own save of a peft adapter: alpha stands in the metadata alone, and where it does not, it is the rank."""
     from diffusers import StableDiffusionXLPipeline

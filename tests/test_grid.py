@@ -81,6 +81,7 @@ def test_two_small_groups_are_beside_each_other_apart(tmp_path):
         assert len(set(tops)) == 1 and apart[0] == apart[1] == apart[3] < apart[2]
 
 
+@pytest.mark.slow
 def test_a_great_many_pictures_are_shown_smaller(tmp_path):
     path = solid(tmp_path / "x.png", (1, 2, 3))
     assert grid([("a", [path] * 4)] * 2, [(None, ["x"] * 4)]).width > 4 * 256

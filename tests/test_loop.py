@@ -187,6 +187,7 @@ def test_eight_bit_adam_on_the_flat_vector_equals_one_tensor_at_a_time():
         assert all(torch.equal(part, single) for part, single in zip(parts, alone)), step
 
 
+@pytest.mark.slow
 def test_deterministic_asks_for_kernels_of_a_fixed_order(fresh, tmp_path, monkeypatch):
     """And changes nothing on a CPU, whose sums have one anyway."""
     asked = []
@@ -299,6 +300,7 @@ def test_the_first_and_the_last_line_say_what_is_done(cached, tmp_path, capsys):
     assert "2 × 1 MiB of weights; from step 12\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_too_high_is_called_so(fresh):
     """Eight names of pictures would send somebody looking for a bad picture. What was good so far is saved."""
     with pytest.raises(
@@ -309,6 +311,7 @@ def test_a_learning_rate_that_is_too_high_is_called_so(fresh):
     assert vector(fresh, done).isfinite().all() and lines(fresh / "metrics.jsonl") == done
 
 
+@pytest.mark.slow
 def test_a_changed_schedule_is_said(fresh, capsys):
     train(fresh, "--max_train_steps", 1, "--lr_scheduler", "cosine")
     train(fresh, "--max_train_steps", 2, "--lr_scheduler", "cosine")
@@ -422,6 +425,7 @@ def loss_scale(monkeypatch):
     return lambda scale: monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: real(*a, **k, init_scale=scale))
 
 
+@pytest.mark.slow
 def test_fp16_trains_close_to_fp32(fresh, tmp_path):
     """The scaler is at work and out of the way: unscaled before the clip, no overflow at its own start."""
     other = again(fresh, tmp_path, "fp32")
@@ -447,6 +451,7 @@ def test_an_overflow_is_skipped_halved_and_recovered_from(fresh, loss_scale):
     assert vector(fresh, 10).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_skipped_step_changes_no_weight(fresh, loss_scale, unet):
     loss_scale(2.0**60)
     train(fresh, *FP16, "--max_train_steps", 2)

@@ -27,6 +27,7 @@ def fit(there, resolution=1024, loras=RANK_32, vae=VAE):
     return memory.fit(SDXL, vae, resolution, torch.float16, loras, there, GIB)
 
 
+@pytest.mark.slow
 def test_first_tiles_then_blocks_and_no_more_of_either_than_needed(capsys):
     found = [fit(int(gib * GIB)) for gib in CARDS]
     said = capsys.readouterr().out.splitlines()
@@ -43,6 +44,7 @@ def test_first_tiles_then_blocks_and_no_more_of_either_than_needed(capsys):
     assert small.blocks and "tiles" not in capsys.readouterr().out  # a picture of 512 is one tile
 
 
+@pytest.mark.slow
 def test_the_smallest_that_is_named_is_enough_and_less_is_not():
     with pytest.raises(MachineError, match="at least --vram_gib ([0-9.]+) is needed") as caught:
         fit(0)
@@ -61,6 +63,7 @@ def test_a_larger_lora_and_a_vae_in_fp32_leave_less():
     assert len(fit(there, loras=[]).blocks) < len(fit(there).blocks)
 
 
+@pytest.mark.slow
 def test_the_weights_that_are_counted_are_those_on_the_device(late):  # noqa: F811
     """All that the streamed UNet holds there, and what a LoRA takes, byte for byte."""
     unet = narrow_sdxl_unet()

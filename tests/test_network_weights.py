@@ -52,6 +52,7 @@ def test_a_file_of_attn_mlp_is_trained_on_as_such(fresh, unet, tmp_path):
     assert differ(fresh / "lora.safetensors", tmp_path / FILE)  # with a rate that moves them
 
 
+@pytest.mark.slow
 def test_going_on_needs_the_file_no_more_but_it_may_not_be_another(fresh, start, capsys):
     train(fresh, "--network_weights", start, "--max_train_steps", 1)
     moved = start.rename(start.with_name("moved.safetensors"))
@@ -116,6 +117,7 @@ def test_an_alpha_that_fp32_or_fp16_rounds_is_the_same(alpha, fresh, start, tmp_
         train(fresh, "--network_weights", tmp_path / "rounded.safetensors", "--lora_alpha", alpha, "--restart", *STILL)
 
 
+@pytest.mark.slow
 def test_a_start_from_weights_of_another_prediction_is_said(fresh, start, tmp_path, capsys):
     with safe_open(start, "pt") as file:
         metadata = file.metadata()

@@ -161,6 +161,7 @@ def test_another_name_is_another_run(colab):
     assert content(set_up(colab, name="dogs")["RUN"]) == {}
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_cut_off_is_not_taken_for_a_save(colab, monkeypatch):
     """Wherever a machine ends, the next one finds a run that can go on: no state without what belongs to it."""
     for copies in itertools.count():
@@ -330,6 +331,7 @@ raise SystemExit(130)
 """
 
 
+@pytest.mark.slow
 def test_the_stop_button_lets_a_command_save(colab):
     import nbformat
     from nbclient import NotebookClient

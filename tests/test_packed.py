@@ -214,6 +214,7 @@ def test_the_budget_counts_what_is_held_beside_the_allocator(monkeypatch):
     assert sum(check.room(4, GPU, gib)) == 4 * gib
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_what_there_is_to_hold():
     """Each part by itself, against numbers that are counted elsewhere."""
     base = dict(rank=32, use_8bit_adam=True, train_batch_size=1)
@@ -232,6 +233,7 @@ def test_the_estimate_is_of_what_there_is_to_hold():
 
 
 @pytest.mark.parametrize("vram_gib, wanted", [(None, "plain"), (24, "plain"), (8, "plain"), (6, "nf4"), (2, "nf4")])
+@pytest.mark.slow
 def test_nf4_is_taken_where_the_plain_base_does_not_fit(vram_gib, wanted, monkeypatch, capsys):
     memory(monkeypatch, 80, 0.5)
     values = settings("train", vram_gib=vram_gib, use_8bit_adam=True)

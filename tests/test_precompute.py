@@ -172,6 +172,7 @@ def test_equal_captions_are_encoded_once(source, tmp_path, capsys):
     assert f"{PICTURES} of {PICTURES} rows to encode: 1 caption new, {PICTURES} images new; " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_resolution_or_vae_encodes_pictures_again_and_is_never_mixed(fresh, pictures, source, capsys):
     before = rows_files(fresh)
     precompute(fresh, pictures, "--resolution", 128)

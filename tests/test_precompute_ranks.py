@@ -140,6 +140,7 @@ def test_any_number_of_batches(number, source, tmp_path, small_batches, told_by,
     assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_left_out_whichever_rank_has_them(source, tmp_path, small_batches, monkeypatch):
     """Two that cannot be decoded, and two without finite numbers, in two batches."""
     real = LoadedVAE._finish
@@ -165,6 +166,7 @@ def test_bad_pictures_are_left_out_whichever_rank_has_them(source, tmp_path, sma
     assert strict.said()[1] == ""
 
 
+@pytest.mark.slow
 def test_the_first_rank_alone_explains_and_finds_nothing_to_do(cached, pictures, tmp_path):
     shutil.copytree(cached, tmp_path / "run")
     for more in ((), ("--explain",)):

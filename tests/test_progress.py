@@ -80,6 +80,7 @@ def test_nobody_reads_bars_in_a_log(tmp_path):
     assert [line.split("|")[0] for line in lines[1:]] == ["a download:   0%", "a download: 100%"]
 
 
+@pytest.mark.slow
 def test_a_terminal_has_its_bar():
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))

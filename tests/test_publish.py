@@ -285,6 +285,7 @@ def test_a_short_failure_is_waited_out(hub, finished, fault):
     assert set(published(hub)) == ALLOWED
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, finished, monkeypatch):
     monkeypatch.setattr("infer.publish.SECONDS", 0.1)
     for place in ("whoami", "info", "commit"):

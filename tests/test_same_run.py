@@ -175,6 +175,7 @@ def test_digests_are_said_in_words(there, here, said, tmp_path):
     assert str(error.value) == f"{tmp_path}: holds another run: {said}"
 
 
+@pytest.mark.slow
 def test_what_changed_is_said_of_a_run_begun_before_pictures_could_repeat(fresh, source, log):
     here("train", "--output_dir", fresh, *TRAIN, *LEARNED)
     with np.load(fresh / "rows.npz") as began:

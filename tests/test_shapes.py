@@ -174,6 +174,7 @@ def test_kill_9_among_the_sizes_ends_with_the_same_bytes(mixed, tmp_path, small_
     assert content(killed) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_mirror_image_comes_with_its_own_crop(tmp_path):
     """Three pixels are to spare: one left of the crop and two right of it, in the mirror image the other way round."""
     folder = tmp_path / "d"

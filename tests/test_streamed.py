@@ -73,6 +73,7 @@ def test_the_same_bits_over_several_forwards_with_a_lora_and_without(count, unet
     assert same(unet, other, 3)
 
 
+@pytest.mark.slow
 def test_each_block_is_fetched_once_in_a_forward_and_before_it_is_needed(unet, late):
     names = list(memory.blocks(unet))
     assert len(names) % 2 and len(names) > 5  # an odd number: the last and the first share a place

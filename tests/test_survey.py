@@ -193,6 +193,7 @@ def test_all_that_is_wrong_is_listed_at_once(source, tmp_path, capsys):
     assert [f"{name}: {why}" for name, why in skipped] == listed
 
 
+@pytest.mark.slow
 def test_nothing_changed_is_said_only_where_nothing_did(source, tmp_path, capsys):
     """Nothing is to be encoded in any of these, and each is another cache than before."""
     run = tmp_path / "run"

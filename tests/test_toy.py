@@ -62,6 +62,7 @@ def test_rendering_is_a_function_of_scene_style_and_seed(style):
     assert picture.tobytes() != render(FOX, style, 4).tobytes()
 
 
+@pytest.mark.slow
 def test_every_scene_and_style_has_its_own_picture():
     scenes = [Scene(s, c, p) for s in SUBJECTS for c in COLOURS for p in PLACES]
     shown = random.Random(0).sample(scenes, 40)

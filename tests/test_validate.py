@@ -125,6 +125,7 @@ def test_twice_gives_the_same_and_scale_0_exactly_nothing(held_out, tmp_path):
     assert all(band["difference"] == 0 for band in nothing["bands"])
 
 
+@pytest.mark.slow
 def test_another_seed_batch_and_weighting_measure_the_same(held_out, tmp_path):
     """Else two runs could not be compared by it."""
     one = a_run(held_out, tmp_path / "a")
@@ -136,6 +137,7 @@ def test_another_seed_batch_and_weighting_measure_the_same(held_out, tmp_path):
         assert first[name] == pytest.approx(second[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_after_a_signal_or_between_times(held_out, tmp_path):
     run = a_run(held_out, tmp_path / "a")
     assert run.validation.measure(2, SimpleNamespace(received=15)) == {}
