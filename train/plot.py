@@ -29,11 +29,11 @@ def main(argv):
         found.append(series(read(run / "metrics.jsonl")))
         if not found[-1]:
             raise UserError(f"{run}: no step in its metrics.jsonl, which python -m train writes; name a run's folder")
-    look_at(output, "file", write=True)
 
     unicode = "utf" in (sys.stdout.encoding or "").lower()  # another stream may not have the characters
     for line in in_characters(names(runs), found, unicode, sys.stdout.isatty()):
         print(line)
+    look_at(output, "file", write=True)  # after what needs no disk
     with atomic_write(output) as file:
         picture(names(runs), found).save(file, "PNG")
     print(output)
