@@ -171,7 +171,7 @@ BENCHMARKS = {
     "job": ["--toy"],
     "ranks": ["--toy"],
     "many_rows": ["--rows", 10, 30],
-    "contact_sheet": [],
+    "contact_sheet": ["--pictures", 12],
 }
 
 

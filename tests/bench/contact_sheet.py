@@ -10,6 +10,7 @@ neither.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -119,13 +120,15 @@ def sheet(found, folder):
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m tests.bench.contact_sheet", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args(argv).out.resolve()
+    parser.add_argument("--pictures", type=int, help="only the first so many of the sixty")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
     folder, run = out / "pictures", out / "run"
     for old in (folder, run):
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
-        for name, image, options, seed in pictures():
+        for name, image, options, seed in itertools.islice(pictures(), args.pictures):
             image.save(folder / name, **options)
             metadata.write(json.dumps({"file_name": name, "text": caption(random_scene(seed))}) + "\n")
     flags = ["--output_dir", run, "--train_data_dir", folder, "--pretrained_model_name_or_path", TOY]

@@ -45,6 +45,7 @@ def precompute(folder, run):
     from data import encoders
     from data import precompute as command
     from data.common.flags import parse
+    from data.parallel import Alone
 
     class Texts(encoders.TextEncoders):
         def load(self, device):
@@ -77,7 +78,7 @@ def precompute(folder, run):
     cache.mkdir()
     before, began = resident(), time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        command.precompute(settings, cache, pool)
+        command.precompute(settings, cache, Alone(), pool)
     print(json.dumps(dict(mb=resident(), mb_before=before, seconds=time.perf_counter() - began)))
 
 
