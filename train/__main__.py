@@ -58,7 +58,7 @@ def main(argv):
 def shared_out(slots):
     """Raise UserError when the ranks cannot share a step's micro-steps evenly."""
     if slots % ranks.count():
-        fit = [n for n in range(1, 4 * ranks.count() + 1) if n % ranks.count() == 0][:3]
+        fit = [n * ranks.count() for n in (1, 2, 3)]
         raise UserError(
             f"--gradient_accumulation_steps {slots}: these are a step's micro-steps on all GPUs together, and "
             f"{ranks.count()} GPUs must share them evenly: choose {', '.join(map(str, fit))} …"

@@ -18,15 +18,16 @@ from train import curves, plot
 class Metrics:
     """A context manager whose log(...) is called once per optimizer step. A resumed run's file goes on at its step.
 
-    trackers: trackers.Trackers, which are told the same. more: numbers that belong to the line of `step`.
+    trackers: trackers.Trackers, which are told the same. make_up() -> {name: numbers}, asked where the line of `step`
+    has no held_out.
     """
 
-    def __init__(self, path, step, steps, device, trackers, more=None):
+    def __init__(self, path, step, steps, device, trackers, make_up=dict):
         self.device, self.path, self.trackers = device, path, trackers
         if path.exists():  # lines past the state that the run goes on from would stand there twice
             lines = [line for line in curves.read(path) if line["step"] <= step]
-            if more:
-                lines[-1] |= _strict(more)
+            if lines and lines[-1]["step"] == step and "held_out" not in lines[-1]:
+                lines[-1] |= _strict(make_up())
             with atomic_write(path, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         self.file = open(path, "a", encoding="utf-8", newline="\n")

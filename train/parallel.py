@@ -74,10 +74,8 @@ class Ranks(Alone):
             dist.all_reduce(tensor, op)
         except RuntimeError as error:
             gone, reason = self._gone(), str(error).splitlines()[0]
-            what = (
-                f"rank {' and '.join(gone)} ended" if gone else "a sum over all ranks failed; where one of them ended"
-            )
-            raise MachineError(f"{what}, its own last lines say why ({reason})") from None
+            who = f"rank {' and '.join(gone)} ended" if gone else "a sum of all ranks failed; where one of them ended"
+            raise MachineError(f"{who}, its own last lines say why ({reason})") from None
         return tensor
 
     def _gone(self):

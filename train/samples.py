@@ -27,11 +27,8 @@ class Samples:
         cache is damaged.
         """
         self.settings, self.folder, self.base, self.vae, self.unet = settings, folder / "samples", base, vae, unet
-        self.resolution, self.prompts, self.warned = (
-            cache.manifest["resolution"],
-            embedded(cache) if first else [],
-            False,
-        )
+        self.resolution, self.warned = cache.manifest["resolution"], False
+        self.prompts = embedded(cache) if first else []
         config = vae.component("vae").config() if self.prompts else None
         self.memory = drawing(unet.config, config, self.resolution, unet.dtype) if self.prompts else 0
 

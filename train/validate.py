@@ -16,9 +16,8 @@ import torch
 from data import sampler
 from data.common.ahead import ahead, behind
 
-PICTURES = (
-    16  # of those held out, at most, and half as many of those trained on: a tenth of the time of a hundred steps
-)
+# Of those held out, at most, and half as many of those trained on: a tenth of the time of a hundred steps.
+PICTURES = 16
 BANDS = 4  # parts of the noise schedule, of equal length; a picture is looked at once in each
 
 

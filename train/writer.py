@@ -3,8 +3,9 @@
 Of several ranks the first has a Writer; the others have a Nobody, so that the loop is the same on all of them.
 """
 
+from functools import partial
+
 from lora import files
-from train.curves import read
 from train.metrics import Metrics
 from train.state import save_state
 from train.trackers import Trackers
@@ -21,18 +22,13 @@ class Writer:
     def __init__(self, run, stop):
         settings, path = run.settings, run.folder / "metrics.jsonl"
         trackers = Trackers(settings.report_to, run.folder, run.start, settings)
-        missed = self._missed(run, read(path), stop)
+        # A measurement that a signal left out of the step which the run goes on from is made up for. Else the best save
+        # would be another than that of a run that nobody stopped.
+        make_up = partial(run.validation.measure, run.start, stop)
         self.run = run
-        self.metrics = Metrics(path, run.start, settings.max_train_steps, run.device, trackers, missed)
-        if missed and run.validation.is_best(run.start):
+        self.metrics = Metrics(path, run.start, settings.max_train_steps, run.device, trackers, make_up)
+        if run.validation.is_best(run.start):
             self.export("lora-best")
-
-    @staticmethod
-    def _missed(run, lines, stop):
-        """The measurement that a signal left out of the step which the run goes on from, made up for: else the best
-        save would be another than that of a run that nobody stopped."""
-        there = [line for line in lines if line["step"] == run.start and "held_out" not in line]
-        return run.validation.measure(run.start, stop) if there else {}
 
     def log(self, step, images, numbers):
         """The step that is done, its images, and what was measured in it: {name: number, or numbers by name}"""
