@@ -3,26 +3,32 @@
     attn        to_q, to_k, to_v and to_out.0 of 140 attentions: 560 layers in SDXL, 1,451,520 × rank trained weights
     attn-mlp    these, the two products of 70 feed-forwards, proj_in and proj_out: 722 layers, 2,659,840 × rank
 
-Projections that read the same input stand side by side in one layer (lora/attention.py): to_q, to_k, to_v of a
-self-attention in to_qkv, to_k, to_v of a cross-attention in to_kv.
+A set of layers is named by patterns, in which * stands for anything. Projections that read the same input stand side
+by side in one layer (lora/attention.py), to_q, to_k, to_v of a self-attention in to_qkv, to_k, to_v of a
+cross-attention in to_kv, and are adapted together or not at all.
 """
+
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from data.common.errors import UserError
 from lora.adapters import Adapters
-from lora.attention import SIDE_BY_SIDE, fuse_projections, projections_of
+from lora.attention import fuse_projections, projections_of
 from lora.linear import LoRALinear
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TARGETS = {"attn": ATTENTION, "attn-mlp": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")}
+ATTENTION = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0")
+TARGETS = {
+    "attn": ATTENTION,
+    "attn-mlp": (*ATTENTION, "*.proj_in", "*.proj_out", "*.ff.net.0.proj", "*.ff.net.2"),
+}
 
 
 def targets(unet, layers="attn"):
     """[(name, in, out)] of the layers in `unet` that TARGETS[layers] names, fused or not, in its own order.
 
-    Raises UserError when one of those ends is nowhere in it, when it was injected already, or when one of the layers is
+    Raises UserError when a pattern fits nothing in it, when it was injected already, or when one of the layers is
     not a plain linear layer.
     """
     found = []
@@ -34,7 +40,7 @@ def targets(unet, layers="attn"):
         names = projections_of(name)
         found += [(projection, module.in_features, module.out_features // len(names)) for projection in names]
     for target in TARGETS[layers]:
-        if not any(name.endswith(f".{target}") for name, _, _ in found):
+        if not any(fnmatchcase(name, target) for name, _, _ in found):
             raise UserError(f"{type(unet).__name__} has no {target}: not a UNet with attention as SDXL's")
     return found
 
@@ -70,5 +76,11 @@ def take_out(unet, adapters):
 
 def _bases(unet, layers):
     """[(name, layer)] of all layers that compute one of the targets, or several side by side."""
-    wanted = tuple(f".{last}" for last in (*TARGETS[layers], *SIDE_BY_SIDE))
-    return [(name, module) for name, module in unet.named_modules() if name.endswith(wanted)]
+    found = []
+    for name, layer in unet.named_modules():
+        wanted = [any(fnmatchcase(part, target) for target in TARGETS[layers]) for part in projections_of(name)]
+        if any(wanted) and not all(wanted):
+            raise UserError(f"{name} is one layer: adapt {', '.join(projections_of(name))} together, or none of them")
+        if any(wanted):
+            found.append((name, layer))
+    return found

@@ -441,7 +441,7 @@ def test_what_diffusers_saves_is_read(unet, _toy_unet, tmp_path):
     from peft.utils import get_peft_model_state_dict
 
     theirs, inputs = copy.deepcopy(_toy_unet), unet_inputs()
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS["attn"]), init_lora_weights=False))
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=list(LAYERS), init_lora_weights=False))
     state = get_peft_model_state_dict(theirs)
     for facts, alpha in ((theirs.peft_config["default"].to_dict(), 6), (None, 4)):
         StableDiffusionXLPipeline.save_lora_weights(

@@ -17,6 +17,7 @@ from lora.inject import TARGETS, inject, take_out, targets
 from lora.linear import LoRALinear, lora
 
 BOTH = pytest.mark.parametrize("layers", TARGETS)
+ENDS = {layers: [pattern.removeprefix("*.") for pattern in patterns] for layers, patterns in TARGETS.items()}
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
@@ -290,7 +291,7 @@ def test_attn_mlp_of_full_sdxl_has_722_targets():
     attention, wanted = targets(unet), targets(unet, "attn-mlp")
     others = [name for name, _, _ in wanted if name not in {name for name, _, _ in attention}]
     assert [target for target in wanted if target[0] not in others] == attention
-    counts = {last: sum(name.endswith(f".{last}") for name in others) for last in TARGETS["attn-mlp"][4:]}
+    counts = {last: sum(name.endswith(f".{last}") for name in others) for last in ENDS["attn-mlp"][4:]}
     assert counts == {"proj_in": 11, "proj_out": 11, "ff.net.0.proj": 70, "ff.net.2": 70} and len(wanted) == 722
     names = [name for name, _, _ in wanted]
     fuse_projections(unet)
@@ -345,7 +346,7 @@ def test_injecting_twice_is_refused_and_changes_nothing(unet):
     assert all(isinstance(layer.base, nn.Linear) for layer in adapters.layers.values())
 
 
-@pytest.mark.parametrize("missing", TARGETS["attn"])
+@pytest.mark.parametrize("missing", ENDS["attn"])
 def test_a_target_that_matches_nothing_is_named(missing):
     """Silently training three projections of four is the classic fault of matching by name."""
 
@@ -365,6 +366,22 @@ def test_a_target_that_matches_nothing_is_named(missing):
     assert all(p.requires_grad for p in model.parameters())  # refused before anything was frozen
 
 
+def test_a_set_may_be_of_some_blocks_or_one_kind_of_attention(unet, monkeypatch):
+    """Patterns say it, before and after projections were put side by side, and no other layer is taken with them."""
+    names = {name for name, _, _ in targets(unet)}
+    sets = {"block": ("mid_block.*.to_[qkv]", "*to_out.0"), "cross": ("*.attn2.to_[qkv]",), "part": ("*.to_[qv]",)}
+    monkeypatch.setattr("lora.inject.TARGETS", sets)
+    block = {name for name in names if name.startswith("mid_block.") or name.endswith("to_out.0")}
+    cross = {name for name in names if ".attn2." in name and not name.endswith("to_out.0")}
+    assert {name for name, _, _ in targets(unet, "block")} == block
+    assert {name for name, _, _ in targets(unet, "cross")} == cross
+    fuse_projections(unet)
+    assert {name for name, _, _ in targets(unet, "block")} == block
+    with pytest.raises(UserError, match=r"attn1.to_qkv is one layer: adapt .*to_q, .*to_k, .*to_v together"):
+        targets(unet, "part")
+    assert inject(unet, 4, 4.0, layers="cross").projections().keys() == cross
+
+
 def test_the_flag_offers_these_sets():
     assert tuple(TARGETS) == flags.LAYERS
 
@@ -381,7 +398,7 @@ def test_peft_trains_the_same(layers, unet, _toy_unet):
 
     adapters = inject(unet, rank=4, alpha=6.0, layers=layers)
     theirs = inject_adapter_in_model(
-        LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS[layers])),
+        LoraConfig(r=4, lora_alpha=6, target_modules=ENDS[layers]),
         copy.deepcopy(_toy_unet).requires_grad_(False),
     )
     with torch.no_grad():
