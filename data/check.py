@@ -74,7 +74,7 @@ def has_nvidia():
     return shutil.which("nvidia-smi") is not None
 
 
-def gpu_memory(config, dtype, device, in_4_bits=False):
+def gpu_memory(config, dtype, device, base_precision):
     """Raise MachineError when the GPU cannot even hold a UNet of this config, of which nothing is needed on disk."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -84,10 +84,10 @@ def gpu_memory(config, dtype, device, in_4_bits=False):
     if device.type != "cuda":
         return
     with torch.device("meta"):
-        needed = bytes_of(UNet2DConditionModel.from_config(config), dtype, in_4_bits)
+        needed = bytes_of(UNet2DConditionModel.from_config(config), dtype, base_precision)
     total = torch.cuda.mem_get_info(device)[1]
     if needed > total:
-        dtype = "nf4" if in_4_bits else str(dtype).removeprefix("torch.")
+        dtype = str(dtype).removeprefix("torch.") if base_precision == "plain" else base_precision
         raise errors.MachineError(
             f"{torch.cuda.get_device_name(device)} has {total / 2**30:.1f} GiB, and the UNet's weights alone take "
             f"{needed / 2**30:.1f} in {dtype}; choose a larger GPU, {ON_THE_CPU}"
@@ -125,9 +125,11 @@ def eight_bit_adam(settings):
     return replace(settings, use_8bit_adam=False)
 
 
-def four_bits(settings):
-    """Raise UserError when train's settings ask for a base in NF4, and its package is not installed."""
-    if settings.base_precision == "nf4" and not importlib.util.find_spec("bitsandbytes"):
+def bitsandbytes(settings):
+    """Raise UserError when train's settings ask for what only this package can do, and it is not installed."""
+    if importlib.util.find_spec("bitsandbytes"):
+        return
+    if settings.base_precision == "nf4":
         raise errors.UserError(
             "--base_precision nf4: the package bitsandbytes is not installed; install it, or train in another "
             "--output_dir with --base_precision plain"

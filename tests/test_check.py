@@ -134,13 +134,13 @@ def test_a_gpu_without_fp16_is_refused(monkeypatch):
 def test_a_gpu_that_cannot_hold_the_unet_is_refused_by_its_config_alone(monkeypatch):
     gpu(monkeypatch, "GTX 1650", (7, 5), gib=4)
     with pytest.raises(MachineError, match="GTX 1650 has 4.0 GiB, and the UNet's weights alone take 4.8 in float16"):
-        check.gpu_memory(SDXL, torch.float16, CUDA)
-    check.gpu_memory(SDXL, torch.float16, torch.device("cpu"))
+        check.gpu_memory(SDXL, torch.float16, CUDA, "plain")
+    check.gpu_memory(SDXL, torch.float16, torch.device("cpu"), "plain")
     gpu(monkeypatch, "Tesla T4", (7, 5), gib=6)
-    check.gpu_memory(SDXL, torch.float16, CUDA)
+    check.gpu_memory(SDXL, torch.float16, CUDA, "plain")
     with pytest.raises(MachineError, match="weights alone take 9.6 in float32"):
-        check.gpu_memory(SDXL, torch.float32, CUDA)
-    check.gpu_memory(Model(str(PIPELINE)).unet_config(), torch.float32, CUDA)  # the toy fits
+        check.gpu_memory(SDXL, torch.float32, CUDA, "plain")
+    check.gpu_memory(Model(str(PIPELINE)).unet_config(), torch.float32, CUDA, "plain")  # the toy fits
 
 
 @pytest.mark.parametrize("command", ["data.precompute", "train", "infer"])

@@ -15,8 +15,9 @@ from torch import nn
 
 from data import check
 from data.common.errors import MachineError, UserError
+from data.common.flags import BASES
 from data.models.files import Model
-from data.models.packed import PackedLinear, bytes_of, layers, pack
+from data.models.packed import FORMATS, PackedLinear, bytes_of, layers, pack
 from lora.attention import fuse_projections
 from lora.inject import targets
 from lora.linear import LoRALinear
@@ -25,6 +26,7 @@ from train import plan, precision
 bitsandbytes = pytest.importorskip("bitsandbytes")
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 SHAPES = [(2, 4, 128, 128)]
+NF4 = FORMATS["nf4"]
 
 
 def linear(inside=128, out=192, dtype=torch.float32, seed=0):
@@ -49,8 +51,8 @@ def test_output_and_gradient_are_those_of_bitsandbytes_own_layer(dtype, toleranc
     plain = linear(dtype=dtype)
     theirs = bitsandbytes.nn.Linear4bit(128, 192, quant_type="nf4", compress_statistics=False, compute_dtype=dtype)
     theirs.load_state_dict(plain.state_dict())
-    ours, theirs = PackedLinear(plain, device).to(device), theirs.to(device)
-    assert torch.equal(ours.packed, theirs.weight.data) and torch.equal(ours.absmax, theirs.weight.quant_state.absmax)
+    ours, theirs = PackedLinear(plain, device, NF4).to(device), theirs.to(device)
+    assert torch.equal(ours.packed, theirs.weight.data) and torch.equal(ours.scales, theirs.weight.quant_state.absmax)
     x = torch.randn(3, 5, 128, dtype=dtype, device=device)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [layer(a) for layer, a in zip((ours, theirs), inputs)]
@@ -67,25 +69,25 @@ def test_rows_side_by_side_are_packed_as_each_alone():
     parts = [linear(seed=seed) for seed in range(3)]
     together = linear(out=3 * 192)
     together.weight.copy_(torch.cat([part.weight for part in parts]))
-    alone = [PackedLinear(part, CPU) for part in parts]
-    assert torch.equal(PackedLinear(together, CPU).packed, torch.cat([part.packed for part in alone]))
-    assert torch.equal(PackedLinear(together, CPU).weight, torch.cat([part.weight for part in alone]))
+    alone = [PackedLinear(part, CPU, NF4) for part in parts]
+    assert torch.equal(PackedLinear(together, CPU, NF4).packed, torch.cat([part.packed for part in alone]))
+    assert torch.equal(PackedLinear(together, CPU, NF4).weight, torch.cat([part.weight for part in alone]))
 
 
 def test_nothing_unpacked_is_kept_for_the_backward():
     """Kept by every layer, the unpacked weights would take more memory than the plain ones."""
-    kept, layer = [], PackedLinear(linear(), CPU)
+    kept, layer = [], PackedLinear(linear(), CPU, NF4)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = layer(torch.randn(4, 128, requires_grad=True))
     assert y.requires_grad and not kept
-    assert {name: part.dtype for name, part in layer.named_buffers()} == dict(packed=torch.uint8, absmax=torch.float32)
+    assert {name: part.dtype for name, part in layer.named_buffers()} == dict(packed=torch.uint8, scales=torch.float32)
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_update_beside_a_packed_layer_is_that_beside_a_plain_one(parts):
     """Output and all gradients of LoRALinear: what it adds in place must be memory of its own."""
-    base = PackedLinear(linear(), CPU)
+    base = PackedLinear(linear(), CPU, NF4)
     g = torch.Generator().manual_seed(1)
     ours = LoRALinear(base, 4, 6.0, g, parts)
     theirs = copy.deepcopy(ours)
@@ -105,19 +107,23 @@ def test_the_update_beside_a_packed_layer_is_that_beside_a_plain_one(parts):
 # ---- The UNet
 
 
+def test_the_flag_offers_these_formats():
+    assert ("plain", *FORMATS) == BASES
+
+
 def test_the_transformers_linear_layers_are_packed_and_nothing_else(unet):
     fuse_projections(unet)
     plain, names = copy.deepcopy(unet), {name for name, _ in layers(unet)}
     adapted = {name for name, _, _ in targets(unet, "attn-mlp")}
-    before = bytes_of(unet, torch.float32, True)
-    pack(unet, CPU)
+    before = bytes_of(unet, torch.float32, "nf4")
+    pack(unet, CPU, "nf4")
     found = {name for name, module in unet.named_modules() if isinstance(module, PackedLinear)}
     assert found == names and len(adapted) > len(found) > 0  # three projections in one layer
     others = {name: part for name, part in unet.named_parameters() if not name.endswith(".bias")}
     assert not any(".attentions." in f".{name}" and "norm" not in name for name in others)
     assert {"conv_in.weight", "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"} <= others.keys()
     held = sum(part.nbytes for part in (*unet.parameters(), *unet.buffers()))
-    assert held == before < 0.7 * bytes_of(plain, torch.float32, False)
+    assert held == before < 0.7 * bytes_of(plain, torch.float32, "plain")
     for name in names:  # the same UNet with the unpacked weights is the judge
         plain.set_submodule(name, unpacked(unet.get_submodule(name)))
     assert torch.equal(predict(unet, unet_inputs()), predict(plain, unet_inputs()))
@@ -219,11 +225,11 @@ def test_the_estimate_is_of_what_there_is_to_hold():
     """Each part by itself, against numbers that are counted elsewhere."""
     base = dict(rank=32, use_8bit_adam=True, train_batch_size=1)
 
-    def least(in_4_bits=False, shapes=SHAPES, dtype=torch.float16, **other):
-        return precision.least(settings("train", **base | other), SDXL, shapes, dtype, in_4_bits)
+    def least(base_precision="plain", shapes=SHAPES, dtype=torch.float16, **other):
+        return precision.least(settings("train", **base | other), SDXL, shapes, dtype, base_precision)
 
     plain, weights = least(), 2 * 2_567_463_684
-    assert plain - least(in_4_bits=True) == 2 * 2_207_744_000 - 2_207_744_000 // 2 - 2_207_744_000 // 64 * 4
+    assert plain - least("nf4") == 2 * 2_207_744_000 - 2_207_744_000 // 2 - 2_207_744_000 // 64 * 4
     assert least(rank=64) - plain == 32 * 1_451_520 * (4 + 4 + 2 + 2 + 2 + 2)
     assert least(use_8bit_adam=False) - plain == 32 * 1_451_520 * 6
     a_picture = least(train_batch_size=2) - plain
@@ -249,10 +255,10 @@ def test_nf4_is_taken_where_the_plain_base_does_not_fit(vram_gib, wanted, monkey
 def test_a_small_card_holds_the_packed_base(monkeypatch):
     memory(monkeypatch, 4, 0.5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GTX 1650")
-    check.gpu_memory(SDXL, torch.float16, GPU, in_4_bits=True)
+    check.gpu_memory(SDXL, torch.float16, GPU, "nf4")
     memory(monkeypatch, 1, 0.5)
     with pytest.raises(MachineError, match=r"GTX 1650 has 1.0 GiB, and the UNet's weights alone take 1\.8 in nf4"):
-        check.gpu_memory(SDXL, torch.float16, GPU, in_4_bits=True)
+        check.gpu_memory(SDXL, torch.float16, GPU, "nf4")
 
 
 # ---- On a GPU
@@ -280,7 +286,7 @@ def test_packing_leaves_no_unpacked_weight_on_the_gpu():
     largest = max(layer.weight.nbytes for _, layer in layers(unet))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    pack(unet, GPU)
+    pack(unet, GPU, "nf4")
     held = sum(part.nbytes for part in unet.buffers())
     rounding = 2 * 512 * len(layers(unet))
     assert held <= torch.cuda.memory_allocated() - before <= held + rounding

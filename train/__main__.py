@@ -33,7 +33,7 @@ def main(argv):
             try:
                 settings = same_run.with_the_weights_facts(run, settings, argv, manifest["text_shape"][1])
                 settings = same_run.with_its_base(run, settings)
-                check.four_bits(settings)
+                check.bitsandbytes(settings)
                 if settings.restart:
                     settings = replace(settings, cache_dir=str(cache))  # which only run.json may know, and it will move
                 else:

@@ -30,7 +30,7 @@ from lora.inject import inject
 from train import announce, diffusion, graph, parallel, plan, precision
 from train.batches import Batches
 from train.health import Health, describe
-from train.optimizer import check_flags, learning_rate, make_optimizer
+from train.optimizer import bytes_of_a_weight, check_flags, learning_rate, make_optimizer
 from train.parallel import Alone
 from train.same_run import begin, identity_of, remember
 from train.samples import Samples
@@ -141,8 +141,7 @@ def setup(settings, folder):
     config, shapes = base.unet_config(), cache.manifest["posterior_shapes"]
     decided = precision.of_the_base(settings, config, shapes, dtype, device) if first else None
     settings = replace(settings, base_precision=ranks.from_first(decided))
-    in_4_bits = settings.base_precision == "nf4"
-    check.gpu_memory(config, dtype, device, in_4_bits)
+    check.gpu_memory(config, dtype, device, settings.base_precision)
     check_flags(settings)
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
@@ -152,7 +151,7 @@ def setup(settings, folder):
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
-    unet = load_unet(base, cache, dtype, device, in_4_bits)
+    unet = load_unet(base, cache, dtype, device, settings.base_precision)
     adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
     # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
@@ -205,7 +204,7 @@ def plan_and_capture(run):
     settings, eager = run.settings, graph.Eager(partial(micro_step, run), run.device)
     samples = run.batches.one_of_each_bucket()
     # what a new optimizer allocates in its first step; one that was restored has it
-    optimizer_bytes = 0 if run.start else run.adapters.vector.numel() * (2 if settings.use_8bit_adam else 8)
+    optimizer_bytes = 0 if run.start else run.adapters.vector.numel() * bytes_of_a_weight(settings)
     run.memory_plan = plan.make(
         settings.vram_gib,
         settings.gradient_checkpointing,
@@ -236,14 +235,14 @@ def give_up(run, writer, step, error):
     return NumbersError(f"{error} ({where}){kept}")
 
 
-def load_unet(base, cache, dtype, device, in_4_bits):
+def load_unet(base, cache, dtype, device, base_precision):
     """The base model's UNet, frozen. Raises UserError when it is not of SDXL's kind or does not fit the cached text."""
 
     def prepare(unet):
         fuse_projections(unet)
         fused.fuse(unet, device)
-        if in_4_bits:
-            packed.pack(unet, device)
+        if base_precision != "plain":
+            packed.pack(unet, device, base_precision)
 
     unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
     width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]

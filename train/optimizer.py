@@ -1,4 +1,4 @@
-"""AdamW over the adapters' one flat vector, and its learning rate at every step."""
+"""AdamW over the adapters' one flat vector, what it keeps, and its learning rate at every step."""
 
 from functools import partial
 
@@ -10,6 +10,12 @@ from data.common.imports import COMPILER, without
 
 CYCLES = 3  # of cosine_with_restarts; with diffusers' own default, one, it would be cosine
 POLYNOMIALS_END = 1e-7  # the learning rate that diffusers' polynomial schedule ends at
+KEEPS = [  # the names of all that an optimizer keeps, in a state; bitsandbytes' keeps few weights in 32 bits
+    [],  # before its first step
+    ["step", "exp_avg", "exp_avg_sq"],
+    ["step", "state1", "qmap1", "absmax1", "state2", "qmap2", "absmax2"],
+    ["step", "state1", "state2"],
+]
 
 
 def check_flags(settings):
@@ -34,6 +40,11 @@ def make_optimizer(vector, settings):
         with without(*COMPILER):
             from bitsandbytes.optim import AdamW8bit as kind
     return kind([vector], lr=settings.learning_rate, weight_decay=settings.adam_weight_decay)
+
+
+def bytes_of_a_weight(settings):
+    """What the optimizer keeps of each weight: two moments."""
+    return 2 if settings.use_8bit_adam else 8
 
 
 def learning_rate(optimizer, settings):

@@ -16,6 +16,7 @@ from data import check
 from data.models.packed import bytes_of
 from lora.inject import targets
 from train import plan
+from train.optimizer import bytes_of_a_weight
 
 # What a picture needs where every block is recomputed, counted in tensors (width of the UNet's first level, h, w): the
 # inputs of SDXL's blocks are 35 of them, and the rest is what one block computes.
@@ -32,7 +33,7 @@ def of_the_base(settings, config, shapes, dtype, device):
     if settings.base_precision or device.type != "cuda":
         return settings.base_precision or "plain"
     there, beside = check.room(settings.vram_gib, device, check.LIBRARIES + plan.GRAPH * len(shapes))
-    needed = least(settings, config, shapes, dtype, in_4_bits=False)
+    needed = least(settings, config, shapes, dtype, "plain")
     if needed <= there or not importlib.util.find_spec("bitsandbytes"):
         return "plain"
     print(
@@ -43,13 +44,13 @@ def of_the_base(settings, config, shapes, dtype, device):
     return "nf4"
 
 
-def least(settings, config, shapes, dtype, in_4_bits):
+def least(settings, config, shapes, dtype, base_precision):
     """Bytes of GPU memory, estimated, that training takes where every block is recomputed, without CUDA's own."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     trained = settings.rank * sum(inside + out for _, inside, out in targets(unet, settings.lora_layers))
     of_a_weight = 8 + 3 * dtype.itemsize  # the vector and its gradient; copies in the base's dtype, as they are summed
-    of_a_weight += 2 if settings.use_8bit_adam else 8
+    of_a_weight += bytes_of_a_weight(settings)
     pixels = settings.train_batch_size * max(math.prod(shape[-2:]) for shape in shapes)
     activations = ACTIVATIONS * config["block_out_channels"][0] * pixels * dtype.itemsize
-    return bytes_of(unet, dtype, in_4_bits) + trained * of_a_weight + activations + WORKSPACES + plan.UNUSED
+    return bytes_of(unet, dtype, base_precision) + trained * of_a_weight + activations + WORKSPACES + plan.UNUSED

@@ -16,6 +16,7 @@ from data.common.disk import atomic_write, need_space
 from data.common.errors import UserError
 from data.common.fields import Rule, check_fields, each, either, loads, named, number, one_of, only, text, whole
 from data.common.words import many
+from train.optimizer import KEEPS, bytes_of_a_weight
 from train.same_run import check_same
 
 VERSION = 2
@@ -36,11 +37,6 @@ FACTS = {
     "ranks": whole(1, 10**5, missing=1),
     "best": either(one_of(None), named(number(-1e38, 1e38)), missing=None),
 }
-_of_8_bit = ["step", *(f"{name}{i}" for name in ("state", "qmap", "absmax") for i in (1, 2))]
-OPTIMIZERS = [  # what each keeps; bitsandbytes' keeps few weights in 32 bits
-    {f"optimizer.{name}" for name in names}
-    for names in ([], ["step", "exp_avg", "exp_avg_sq"], _of_8_bit, ["step", "state1", "state2"])
-]
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -109,7 +105,8 @@ def _parts(path, blob):
         value = tensors.get(name, vector)
         if value is None or value.shape != vector.shape or value.dtype != torch.float32:
             raise UserError(f"{path}: its {name} is not what this program writes; {ADVICE}")
-    if {name for name in (*tensors, *facts["numbers"]) if name != "vector"} not in OPTIMIZERS:
+    kept = {name for name in (*tensors, *facts["numbers"]) if name != "vector"}
+    if kept not in [{f"optimizer.{name}" for name in names} for names in KEEPS]:
         raise UserError(f"{path}: what it holds of the optimizer is not what this program writes; {ADVICE}")
     return facts, tensors
 
@@ -142,7 +139,7 @@ def bytes_to_save(settings, length, start, best):
     every, last = settings.checkpointing_steps, settings.max_train_steps
     exports = 1 + last // every - start // every + (last % every > 0)  # the final one, those in between, one at the end
     exports += best
-    return length * (4 + (2 if settings.use_8bit_adam else 8)), 2 * length, exports
+    return length * (4 + bytes_of_a_weight(settings)), 2 * length, exports
 
 
 def need_room(folder, settings, length, start, best):
