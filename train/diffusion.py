@@ -51,9 +51,9 @@ def loss_weight(t, alpha_bar, prediction_type, snr_gamma):
     With snr = ᾱ_t / (1 - ᾱ_t), the paper weighs the squared error of x0 by min(snr, gamma). For the same xt
     |x0' - x0|² = |eps' - eps|² / snr = |v' - v|² / (snr + 1).
     """
-    if snr_gamma is None:
-        return torch.ones_like(alpha_bar[t])
     snr = alpha_bar[t] / (1 - alpha_bar[t])
+    if snr_gamma is None:
+        return torch.ones_like(snr)
     if prediction_type == "epsilon":
         return (snr_gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
     return snr.clamp(max=snr_gamma) / (snr + 1)
