@@ -171,17 +171,19 @@ def test_preset_is_taken_by_make(tree, pictures, tmp_path):
     photos, run, folder = tmp_path / "my photos", tmp_path / "run", tree("preset")
     shutil.copytree(pictures, photos, ignore=shutil.ignore_patterns("*.jsonl"))
     toy = f"SDXL={' '.join(map(str, PRECOMPUTE))}"
-    words = [f"PICTURES={photos}", "WORD=ohwx woman", f"RUN={run}", f"PYTHON={sys.executable}", toy]
+    words = [f"PICTURES={photos}", f"RUN={run}", f"PYTHON={sys.executable}", toy]
     make = ("make", "-s", "PRESET=person.mk", *words)
     said(folder, *make, "precompute")
     manifest = read_manifest(run / "cache")
-    assert manifest["instance_prompt"] == "ohwx woman" and manifest["held_out"] == 1
+    assert manifest["instance_prompt"] == "ohwx person" and manifest["held_out"] == 1
     said(folder, *make, "train", "ARGS=--mixed_precision no --max_train_steps 2")
     flags = json.loads((run / "run.json").read_text())["identity"]
     wanted = dict(rank=16, lora_layers="attn-mlp", snr_gamma=5, lr_scheduler="cosine", use_8bit_adam=True)
     assert {name: flags[name] for name in wanted} == wanted
     with safe_open(run / "lora.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.trigger_phrase"] == "ohwx woman" and file.metadata()["ss_network_dim"] == "16"
+        assert (
+            file.metadata()["modelspec.trigger_phrase"] == "ohwx person" and file.metadata()["ss_network_dim"] == "16"
+        )
         assert any("ff_net_2" in name for name in load_weights(run))
     compared = said(folder, *make, "-n", "compare")
     assert '--prompt "$WORD on a horse" "a drawing of $WORD" --unrelated_prompt' in compared

@@ -94,7 +94,10 @@ def micro_step(run, **batch):
 
 
 def forward(run, *, x0, eps, t, text, pooled, time_ids):
-    """Squared errors (B,) of the pictures: noised, predicted, compared. train/batches.py says what the tensors are."""
+    """Squared errors (B,) of the pictures: noised, predicted, compared. train/batches.py says what the tensors are.
+
+    Held-out pictures are measured with it as well; micro_step's weight is of the trained ones alone.
+    """
     xt = diffusion.add_noise(x0, eps, t, run.alpha_bar)
     condition = dict(text_embeds=pooled.to(run.dtype), time_ids=time_ids)
     prediction = run.unet(xt.to(run.dtype), t, text.to(run.dtype), added_cond_kwargs=condition).sample
