@@ -28,8 +28,8 @@ TARGETS = {
 def targets(unet, layers="attn"):
     """[(name, in, out)] of the layers in `unet` that TARGETS[layers] names, fused or not, in its own order.
 
-    Raises UserError when a pattern fits nothing in it, when it was injected already, or when one of the layers is
-    not a plain linear layer.
+    Raises UserError when a pattern fits nothing in it, when a layer is wanted in part or has an adapter already, or
+    when it is not a plain linear layer.
     """
     found = []
     for name, module in _bases(unet, layers):
