@@ -12,8 +12,10 @@
               *.keys              per row: the sha256 of all it was made of, and a checksum of its bytes
 
 A row is found by what it was made of. One that is there is never made again, and one whose caption, picture, model or
-bucket changed has another key, so that it cannot be taken for what it is not. The manifest holds a digest of the keys
-that the index refers to, so that rows which were replaced, moved or lost under an index are not taken for its own.
+bucket changed has another key, so that it cannot be taken for what it is not. Rows that nothing uses any more stay, so
+that going back to what was before encodes nothing; deleting the folder gives their space back. The manifest holds a
+digest of the keys that the index refers to, so that rows which were replaced, moved or lost under an index are not
+taken for its own.
 """
 
 import collections
