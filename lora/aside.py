@@ -12,13 +12,17 @@ from torch.autograd import Variable
 HELD = 2**26  # bytes that such work may hold on to
 
 
-def aside(function, *tensors):
-    """function(*tensors), to be called in a backward; at the backward's end the result is there."""
-    return _aside(tensors[0].device).run(function, tensors) if tensors[0].is_cuda else function(*tensors)
+def aside(function, out, *tensors):
+    """function(*tensors, out=out) -> out, to be called in a backward; at the backward's end it is filled.
+
+    `out` is the caller's, because memory belongs to the stream that it was allocated on: memory of this one's, freed
+    after the backward, would be taken from those who still read it. CUDA calls that an illegal memory access.
+    """
+    return _aside(out.device).run(function, out, tensors) if out.is_cuda else function(*tensors, out=out)
 
 
 class _Aside:
-    """What a function reads is kept until it is waited for, because the work that follows would write over it.
+    """What a function reads and writes is kept until it is waited for, or the work that follows would write over it.
 
     That happens every now and then, not only at the backward's end, by which gigabytes would be held.
     """
@@ -26,15 +30,15 @@ class _Aside:
     def __init__(self, device):
         self.stream, self.kept = torch.cuda.Stream(device), []
 
-    def run(self, function, tensors):
+    def run(self, function, out, tensors):
         Variable._execution_engine.queue_callback(self.join)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            result = function(*tensors)
-        self.kept += tensors
+            function(*tensors, out=out)
+        self.kept += out, *tensors
         if sum(tensor.nbytes for tensor in self.kept) > HELD:
             self.join()
-        return result
+        return out
 
     def join(self):
         if self.kept:

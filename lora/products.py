@@ -50,7 +50,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dh):
         x, A = ctx.saved_tensors
-        dA = aside(torch.mm, dh.T, x)
+        dA = aside(torch.mm, torch.empty_like(A), dh.T, x)
         return dx.addmm_(dh, A) if ctx.needs_input_grad[0] else None, dA
 
 
@@ -71,7 +71,7 @@ class _Up(torch.autograd.Function):
         dy, dh = dy.contiguous(), torch.empty_like(h)
         _by_part(dh, B).baddbmm_(_by_part(dy, B), B, beta=0, alpha=ctx.scaling)
         product = partial(torch.baddbmm, beta=0, alpha=ctx.scaling)  # with beta=0, B only lends its shape
-        dB = aside(product, B, _by_part(dy, B).mT, _by_part(h, B))
+        dB = aside(product, torch.empty_like(B), B, _by_part(dy, B).mT, _by_part(h, B))
         return dy, dh, dB, None
 
 

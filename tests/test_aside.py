@@ -8,16 +8,29 @@ from lora.linear import LoRALinear
 
 
 def test_on_a_cpu_it_is_the_function():
-    a, b = torch.randn(3, 4), torch.randn(4, 5)
-    assert torch.equal(aside(torch.mm, a, b), a @ b)
+    a, b, out = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
+    assert aside(torch.mm, out, a, b) is out and torch.equal(out, a @ b)
+
+
+def layer():
+    return LoRALinear(torch.nn.Linear(640, 640, device="cuda", dtype=torch.half), 32, 16)
+
+
+@pytest.mark.gpu
+def test_the_gradients_memory_is_of_the_stream_that_reads_them():
+    """Or emptying the cache takes it while they are read, because that waits for the memory's own stream alone."""
+    part, x = layer(), torch.randn(4096, 640, device="cuda", dtype=torch.half)
+    gradients = torch.autograd.grad(part(x).float().square().mean(), [part.A, part.B])
+    segments = torch.cuda.memory_snapshot()
+    for gradient in gradients:
+        at = gradient.data_ptr()
+        (of,) = [s for s in segments if s["address"] <= at < s["address"] + s["total_size"]]
+        assert of["stream"] == torch.cuda.current_stream().cuda_stream
 
 
 @pytest.mark.gpu
 def test_eager_or_captured_the_gradients_are_there_and_the_same(monkeypatch):
     """What the stream still reads must not be written over: the layers' activations come and go in the same memory."""
-
-    def layer():
-        return LoRALinear(torch.nn.Linear(640, 640, device="cuda", dtype=torch.half), 32, 16)
 
     layers, x = [layer() for _ in range(40)], torch.randn(4096, 640, device="cuda", dtype=torch.half)
     for part in layers:
@@ -31,7 +44,7 @@ def test_eager_or_captured_the_gradients_are_there_and_the_same(monkeypatch):
         return torch.autograd.grad(h.float().square().mean(), parameters)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora.products.aside", lambda function, *tensors: function(*tensors))
+        patch.setattr("lora.products.aside", lambda function, out, *tensors: function(*tensors, out=out))
         wanted = [gradient.clone() for gradient in gradients()]
     for _ in range(3):
         assert all(map(torch.equal, gradients(), wanted))

@@ -58,10 +58,11 @@ class Ranks(Alone):
         return values[0]
 
     def add_up(self, gradient, loss):
-        # On the CPU first: a rank that is gone shows there at once, and on the GPU by waiting for ever.
-        self._sum(torch.zeros(1))
+        # On the CPU first, after waiting for the GPU: a rank that ended shows there at once, but sums on the GPU that
+        # were asked for wait for ever.
+        total = self._sum(loss.cpu())
         self._sum(gradient)
-        return self._sum(loss)
+        return total.to(loss.device)
 
     def agree(self, signal):
         return int(self._sum(torch.tensor(signal or 0), dist.ReduceOp.MAX)) or None
