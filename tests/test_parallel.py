@@ -13,6 +13,7 @@ from conftest import TRAIN, Forked, command, lines, one_line_error, start, untit
 from safetensors.torch import load
 
 import train.loop  # noqa: F401 - before the processes are forked
+from train import parallel
 
 
 def free_port():
@@ -107,6 +108,20 @@ def test_a_rank_that_dies_stops_the_others_who_name_it(dies, cached, tmp_path):
     assert f"rank {dies} ended" in one_line_error(said.replace("rank 1: error", "error"))
     assert ranks.processes[dies].wait() == -signal.SIGKILL
     assert Ranks(run, 2, "--max_train_steps", 12).wait() == [0, 0]
+
+
+def test_sums_on_the_gpu_are_asked_for_when_every_rank_has_answered_on_the_cpu(monkeypatch):
+    """A rank that ended never answers, and what waits for it on the GPU waits for ever."""
+    asked = []
+
+    def all_reduce(tensor, op):
+        asked.append(tensor)
+        if len(asked) == 2:
+            assert asked[0].device.type == "cpu" and asked[1] is gradient
+
+    monkeypatch.setattr(parallel.dist, "all_reduce", all_reduce)
+    gradient, loss = torch.empty(4, device="meta"), torch.tensor(2.0)  # meta, as a GPU's stays where it is
+    assert parallel.Ranks.add_up(object.__new__(parallel.Ranks), gradient, loss) == 2 and len(asked) == 2
 
 
 def test_micro_steps_that_ranks_cannot_share_are_refused_with_what_to_choose(cached, tmp_path):
