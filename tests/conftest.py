@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
 # Here and in every command one thread, because the tensors are small and more would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "0"  # where a test wants two
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which every command here would inherit
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
@@ -35,6 +36,7 @@ from data.cache import read_index, read_manifest, write_index
 from data.common import flags, safe
 from lora.inject import inject
 from tests.bench.full_size import UNET as SDXL  # its published configuration
+from tests.forks import forks
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
 # tqdm's own lock is shared with forked processes: one that is killed inside it would hold it for ever.
@@ -312,13 +314,14 @@ def run(tmp_path_factory, pictures):
     """One small run through precompute, train and infer, for all tests that only look at it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     env = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
-    return Run(
-        folder,
-        pictures,
-        command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
-        command("train", "--output_dir", folder, *TRAIN, env=env),
-        command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
-    )
+    with forks():
+        return Run(
+            folder,
+            pictures,
+            command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
+            command("train", "--output_dir", folder, *TRAIN, env=env),
+            command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
+        )
 
 
 @pytest.fixture
