@@ -13,9 +13,11 @@ import sys
 import traceback
 import types
 
-# Before anything is forked, or each would import them again.
-import infer.compare  # noqa: F401
-import train.loop  # noqa: F401
+from data.common.imports import lean
+
+with lean():  # before anything is forked, or each would import them again
+    import infer.compare  # noqa: F401
+    import train.loop  # noqa: F401
 
 _fork_exec = _posixsubprocess.fork_exec
 
