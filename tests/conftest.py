@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -22,11 +23,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"  # where a test wants two
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+gc.disable()  # until all tests are there, for it would look through all that is imported again and again
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which every command here would inherit
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
-import diffusers  # noqa: F401 - before a command imports it without peft, which the tests compare with
+from data.common.imports import COMPILER, without
+
+with without(*COMPILER):  # before a command imports diffusers without peft, which the tests compare with
+    from diffusers import UNet2DConditionModel
 import numpy as np
 import pytest
 import torch
@@ -46,6 +51,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
 
 
+def pytest_collection_finish():
+    gc.freeze(), gc.enable()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -57,8 +66,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def _toy_unet():
-    from diffusers import UNet2DConditionModel
-
     return UNet2DConditionModel.from_pretrained(PIPELINE / "unet", dtype=torch.float32).eval()
 
 
@@ -74,16 +81,12 @@ NARROW |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=
 
 def sdxl_unet():
     """SDXL base 1.0's UNet without its memory, from its published configuration."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
         return UNet2DConditionModel(**SDXL)
 
 
 def narrow_sdxl_unet():
     """All of SDXL's layers under their names, about a tenth as wide, with memory."""
-    from diffusers import UNet2DConditionModel
-
     return UNet2DConditionModel(**SDXL | NARROW)
 
 
@@ -322,6 +325,13 @@ def run(tmp_path_factory, pictures):
             command("train", "--output_dir", folder, *TRAIN, env=env),
             command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
         )
+
+
+@pytest.fixture
+def forked():
+    """The commands that the test starts as processes are forks (see forks.py)."""
+    with forks():
+        yield
 
 
 @pytest.fixture

@@ -28,8 +28,6 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.forks import forks
-
 WANTED = {
     *(".lock", "cache/.lock", "cache/.writer", "compare/.lock"),
     *("run.json", "rows.npz"),
@@ -179,12 +177,12 @@ BENCHMARKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", BENCHMARKS.items())
+@pytest.mark.usefixtures("forked")
 def test_every_benchmark_runs(name, flags, tmp_path):
     """On a small model, so the figures mean nothing: the machine that they are for costs money."""
     if torch.cuda.is_available():
         pytest.skip("takes minutes on a GPU")
-    with forks():
-        command(f"tests.bench.{name}", tmp_path, *flags)
+    command(f"tests.bench.{name}", tmp_path, *flags)
     assert json.loads((tmp_path / f"{name}.json").read_text())
 
 
