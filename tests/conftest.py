@@ -35,6 +35,7 @@ with without(*COMPILER):  # before a command imports diffusers without peft, whi
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from tqdm import tqdm
 
 from data.cache import read_index, read_manifest, write_index
@@ -266,6 +267,21 @@ def when(happened, process, seconds=120):
 def lines(path):
     """How many whole lines a file has that is being written; 0 while it is not there."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def vector(run, step):
+    """The LoRA vector of a saved state, fp32: what the exported fp16 would hide shows here."""
+    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
+
+
+def again(run, tmp_path, name):
+    """Another new run on the same cache."""
+    shutil.copytree(run / "cache", tmp_path / name / "cache")
+    return tmp_path / name
 
 
 def untitled(path):
