@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -20,21 +21,28 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
 # Here and in every command one thread, because the tensors are small and more would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "0"  # where a test wants two
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+gc.disable()  # until all tests are there, for it would look through all that is imported again and again
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which every command here would inherit
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
 
-import diffusers  # noqa: F401 - before a command imports it without peft, which the tests compare with
+from data.common.imports import COMPILER, without
+
+with without(*COMPILER):  # before a command imports diffusers without peft, which the tests compare with
+    from diffusers import UNet2DConditionModel
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from tqdm import tqdm
 
 from data.cache import read_index, read_manifest, write_index
 from data.common import flags, safe
 from lora.inject import inject
 from tests.bench.full_size import UNET as SDXL  # its published configuration
+from tests.forks import forks
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
 # tqdm's own lock is shared with forked processes: one that is killed inside it would hold it for ever.
@@ -42,6 +50,10 @@ tqdm.set_lock(threading.RLock())
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "data" / "toy" / "pipeline"
+
+
+def pytest_collection_finish():
+    gc.freeze(), gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -55,8 +67,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def _toy_unet():
-    from diffusers import UNet2DConditionModel
-
     return UNet2DConditionModel.from_pretrained(PIPELINE / "unet", dtype=torch.float32).eval()
 
 
@@ -72,16 +82,12 @@ NARROW |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=
 
 def sdxl_unet():
     """SDXL base 1.0's UNet without its memory, from its published configuration."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
         return UNet2DConditionModel(**SDXL)
 
 
 def narrow_sdxl_unet():
     """All of SDXL's layers under their names, about a tenth as wide, with memory."""
-    from diffusers import UNet2DConditionModel
-
     return UNet2DConditionModel(**SDXL | NARROW)
 
 
@@ -263,6 +269,21 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def vector(run, step):
+    """The LoRA vector of a saved state, fp32: what the exported fp16 would hide shows here."""
+    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
+
+
+def again(run, tmp_path, name):
+    """Another new run on the same cache."""
+    shutil.copytree(run / "cache", tmp_path / name / "cache")
+    return tmp_path / name
+
+
 def untitled(path):
     """A file of weights without its title, which is the run's folder: what two runs of one command have in common."""
     blob = path.read_bytes()
@@ -312,13 +333,21 @@ def run(tmp_path_factory, pictures):
     """One small run through precompute, train and infer, for all tests that only look at it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     env = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
-    return Run(
-        folder,
-        pictures,
-        command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
-        command("train", "--output_dir", folder, *TRAIN, env=env),
-        command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
-    )
+    with forks():
+        return Run(
+            folder,
+            pictures,
+            command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
+            command("train", "--output_dir", folder, *TRAIN, env=env),
+            command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
+        )
+
+
+@pytest.fixture
+def forked():
+    """The commands that the test starts as processes are forks (see forks.py)."""
+    with forks():
+        yield
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ from conftest import (
     TOKEN,
     TRAIN,
     Forked,
+    again,
     as_a_user,
     caption_rows,
     change_cache,
@@ -51,15 +52,17 @@ from conftest import (
     edit_captions,
     here,
     lines,
+    metrics,
     one_line_error,
     precompute,
     settings,
     start,
     untitled,
+    vector,
     when,
 )
 from PIL import Image
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 
 import infer.compare  # this and train.loop before the processes are forked, or each would import them again
 import train.loop  # noqa: F401
@@ -92,28 +95,14 @@ def refused(process, code):
     return one_line_error(process.output)
 
 
-def again(run, tmp_path, name):
-    """Another new run on the same cache."""
-    shutil.copytree(run / "cache", tmp_path / name / "cache")
-    return tmp_path / name
-
-
 def copy(run, tmp_path):
     """A copy of the finished run, to be changed."""
     shutil.copytree(run.folder, tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def states(run):
     return sorted(p.name for p in (run / "state").glob("*"))
-
-
-def vector(run, step):
-    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
 
 
 def same_run(one, other):
@@ -1174,6 +1163,7 @@ def test_row_ids_of_a_dataset_may_be_anything(pictures, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
     """After hours of encoding, the line that says what was left out must not be what ends the command."""
     source = tmp_path / "source"

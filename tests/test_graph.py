@@ -1,11 +1,10 @@
 """The captured micro-step against the one started from Python: the same numbers for any batch and loss scale."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import here
+from conftest import here, metrics
 from test_loop import TRAIN
 
 from data.models import fused
@@ -62,10 +61,6 @@ def test_more_shapes_take_no_more_memory():
 
     inputs = 4 * 4096 * (4000 + 3800 + 3000)
     assert reserved(4096, 4000, 3800, 3000) < 1.15 * reserved(4096) + inputs
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def trained(cached, tmp_path, name, *flags):

@@ -13,7 +13,22 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PIPELINE, ROOT, STEPS, TRAIN, Forked, change_cache, here, lines, settings, untitled, when
+from conftest import (
+    PIPELINE,
+    ROOT,
+    STEPS,
+    TRAIN,
+    Forked,
+    again,
+    change_cache,
+    here,
+    lines,
+    metrics,
+    settings,
+    untitled,
+    vector,
+    when,
+)
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -31,23 +46,8 @@ def train(run, *more):
     here("train", "--output_dir", run, *TRAIN, *more)
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights(run):
     return untitled(run / "lora.safetensors")
-
-
-def vector(run, step):
-    """The LoRA vector of a saved state, fp32: what the exported fp16 would hide shows here."""
-    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
-
-
-def again(run, tmp_path, name):
-    """Another new run on the same cache."""
-    shutil.copytree(run / "cache", tmp_path / name / "cache")
-    return tmp_path / name
 
 
 # ---- What is trained

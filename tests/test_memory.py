@@ -92,6 +92,7 @@ def test_a_picture_that_is_decoded_whole_is_counted():
     assert held < counted < 2.5 * held
 
 
+@pytest.mark.slow
 def test_the_pictures_are_the_same_with_blocks_in_ram(run, trained, unet, late, monkeypatch):  # noqa: F811
     """Through the command: of the base, and with a LoRA put in and taken out."""
     made, names = [], tuple(memory.blocks(unet))

@@ -1,6 +1,5 @@
 """Several ranks train what one rank trains: real processes, real sums by gloo."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,8 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import TRAIN, Forked, command, lines, one_line_error, start, untitled, when
-from safetensors.torch import load
+from conftest import TRAIN, Forked, again, command, lines, metrics, one_line_error, start, untitled, vector, when
 
 import train.loop  # noqa: F401 - before the processes are forked
 from train import parallel
@@ -39,22 +37,9 @@ class Ranks:
         return [process.wait() for process in self.processes]
 
 
-def vector(run, step):
-    return load((run / "state" / f"{step:06d}.state").read_bytes()[:-32])["vector"]
-
-
-def new(cached, tmp_path, name):
-    shutil.copytree(cached / "cache", tmp_path / name / "cache")
-    return tmp_path / name
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_two_ranks_equal_one(cached, tmp_path):
     """The same numbers but for the order of sums; one writer; and the other rank says nothing."""
-    one, two = new(cached, tmp_path, "one"), new(cached, tmp_path, "two")
+    one, two = again(cached, tmp_path, "one"), again(cached, tmp_path, "two")
     alone = Forked("train", ("--output_dir", one, *TRAIN), tmp_path / "alone.log")
     both = Ranks(two, 2)
     assert alone.wait() == 0, alone.output
@@ -68,12 +53,12 @@ def test_two_ranks_equal_one(cached, tmp_path):
 
 @pytest.mark.slow
 def test_going_on_with_as_many_ranks_is_exact_and_with_another_number_is_said(cached, tmp_path):
-    straight, stopped = new(cached, tmp_path, "straight"), new(cached, tmp_path, "stopped")
+    straight, stopped = again(cached, tmp_path, "straight"), again(cached, tmp_path, "stopped")
     assert Ranks(straight, 2).wait() == [0, 0]
     assert Ranks(stopped, 2, "--max_train_steps", 2).wait() == [0, 0]
     shutil.copytree(stopped, tmp_path / "alone")
-    again = Ranks(stopped, 2)
-    assert again.wait() == [0, 0] and "before" not in again.processes[0].output
+    resumed = Ranks(stopped, 2)
+    assert resumed.wait() == [0, 0] and "before" not in resumed.processes[0].output
     assert untitled(stopped / "lora.safetensors") == untitled(straight / "lora.safetensors")
     assert torch.equal(vector(stopped, 6), vector(straight, 6))
     alone = Forked("train", ("--output_dir", tmp_path / "alone", *TRAIN), tmp_path / "alone.log")
@@ -84,7 +69,7 @@ def test_going_on_with_as_many_ranks_is_exact_and_with_another_number_is_said(ca
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_a_save(cached, tmp_path):
     """torchrun sends it to each of them, but not at the same moment of their steps."""
-    run = new(cached, tmp_path, "run")
+    run = again(cached, tmp_path, "run")
     ranks = Ranks(run, 2, "--max_train_steps", 400)
     when(lambda: lines(run / "metrics.jsonl") >= 3, ranks.processes[0])
     ranks.processes[1].send(signal.SIGTERM)
@@ -98,7 +83,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(cached, tmp_path):
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_stops_the_others_who_name_it(dies, cached, tmp_path):
     """And the run goes on from its last save."""
-    run = new(cached, tmp_path, "run")
+    run = again(cached, tmp_path, "run")
     ranks = Ranks(run, 2, "--max_train_steps", 400)
     when(lambda: (run / "state" / "000004.state").exists(), ranks.processes[0])
     ranks.processes[dies].send(signal.SIGKILL)
@@ -125,16 +110,17 @@ def test_sums_on_the_gpu_are_asked_for_when_every_rank_has_answered_on_the_cpu(m
 
 
 def test_micro_steps_that_ranks_cannot_share_are_refused_with_what_to_choose(cached, tmp_path):
-    run = new(cached, tmp_path, "run")
+    run = again(cached, tmp_path, "run")
     ranks = Ranks(run, 2, "--gradient_accumulation_steps", 3)
     assert ranks.wait() == [2, 2]
     assert "choose 2, 4, 6" in one_line_error(ranks.processes[0].output) and ranks.processes[1].output == ""
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_torchrun_itself(cached, tmp_path):
     """The launcher's words, environment and exit codes; the run goes on with one process."""
-    run = new(cached, tmp_path, "run")
+    run = again(cached, tmp_path, "run")
     torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "train")
     output = command(*torchrun, "--output_dir", run, *TRAIN, "--max_train_steps", 4)
     assert "a step on 2 GPUs" in output and (run / "state" / "000004.state").exists()

@@ -1,6 +1,7 @@
 """macOS, Windows and containers, simulated: Linux without what they lack. No test here has run on one of them."""
 
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -73,6 +74,36 @@ signal.Signals = enum.IntEnum("Signals", {signum.name: signum for signum in sign
     + COMMON
 )
 RUN = "sys.argv = sys.argv[1:]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+# Several commands, each in a process of its own, which has what all of them import: words of each as JSON.
+RUN_ALL = """
+import json, os, runpy, sys
+from data.common.imports import lean
+with lean():
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+for words in json.loads(sys.argv[1]):
+    pid = os.fork()
+    if not pid:
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(f"ended with {code}", flush=True)
+    if code:
+        sys.exit(code)
+"""
+
+
+def run_all(python, commands, **popen):
+    """What each of the commands prints. python: the words of an interpreter, with -c and what comes before."""
+    commands = json.dumps([[str(word) for word in words] for words in commands])
+    words = [*python[:-1], python[-1] + RUN_ALL, commands]
+    ended = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+    if ended.returncode == 99:
+        pytest.skip("not allowed to mount here")
+    assert ended.returncode == 0 and "Traceback" not in ended.stdout, ended.stdout
+    return ended.stdout.split("ended with 0\n")[:-1]
 
 
 def simulated(prelude, *argv, code=0, **popen):
@@ -87,11 +118,14 @@ def simulated(prelude, *argv, code=0, **popen):
 @pytest.mark.parametrize("prelude", [MACOS, WINDOWS], ids=["macos", "windows"])
 def test_the_commands_give_the_same_bytes(prelude, run, pictures, tmp_path):
     """Precompute, a part of the training, its continuation, and the pictures."""
-    said = simulated(prelude, "data.precompute", "--output_dir", tmp_path, "--train_data_dir", pictures, *PRECOMPUTE)
-    assert said.count("cannot set room aside") == (prelude == MACOS)
-    simulated(prelude, "train", "--output_dir", tmp_path, *TRAIN, "--max_train_steps", 4)
-    simulated(prelude, "train", "--output_dir", tmp_path, *TRAIN)
-    simulated(prelude, "infer", "--output_dir", tmp_path, "--prompt", *PROMPTS, "--num_inference_steps", 2)
+    commands = [
+        ("data.precompute", "--output_dir", tmp_path, "--train_data_dir", pictures, *PRECOMPUTE),
+        ("train", "--output_dir", tmp_path, *TRAIN, "--max_train_steps", 4),
+        ("train", "--output_dir", tmp_path, *TRAIN),
+        ("infer", "--output_dir", tmp_path, "--prompt", *PROMPTS, "--num_inference_steps", 2),
+    ]
+    said, *others = run_all([sys.executable, "-c", prelude], commands)
+    assert said.count("cannot set room aside") == (prelude == MACOS) and len(others) == 3
     for path in run.folder.rglob("*"):
         name = path.relative_to(run.folder)
         if path.suffix in (".rows", ".keys", ".npy", ".txt", ".png"):
@@ -349,19 +383,15 @@ def test_the_commands_run_in_a_container(user, run, pictures):
         env = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": place}
         env |= {"HOME": f"{place}/home"} if user == 0 else {}
         become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        box = ["unshare", "-m", "sh", "-c", BOX, "sh", *become, sys.executable, "-c", NO_LOCKS + RUN]
+        box = ["unshare", "-m", "sh", "-c", BOX, "sh", *become, sys.executable, "-c", NO_LOCKS]
         commands = [
-            ("data.precompute", "--train_data_dir", f"{place}/pictures", *PRECOMPUTE),
-            ("train", *TRAIN),
-            ("infer", "--prompt", *PROMPTS, "--num_inference_steps", 2),
+            ("data.precompute", "--output_dir", f"{place}/run", "--train_data_dir", f"{place}/pictures", *PRECOMPUTE),
+            ("train", "--output_dir", f"{place}/run", *TRAIN),
+            ("infer", "--output_dir", f"{place}/run", "--prompt", *PROMPTS, "--num_inference_steps", 2),
         ]
-        for name, *flags in commands:
-            words = [*box, name, "--output_dir", f"{place}/run", *map(str, flags)]
-            ended = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-            if ended.returncode == 99:
-                pytest.skip("not allowed to mount here")
-            said = ended.stdout + ended.stderr
-            assert ended.returncode == 0 and "Traceback" not in said, said
+        outputs = run_all(box, commands, env=env)
+        assert len(outputs) == 3
+        for said in outputs:
             assert said.count("has no locks (No locks available)") >= 1
             assert said.count(f"what is downloaded goes to {place}/huggingface-{user}") == 1
         assert untitled(pathlib.Path(place, "run", "lora.safetensors")) == untitled(run.folder / "lora.safetensors")

@@ -423,7 +423,8 @@ def alive(module, *args, **given):
     return counted.most
 
 
-@pytest.mark.parametrize("resolution", [1024, pytest.param(2048, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", [1024, 2048])
 def test_the_memory_that_is_counted_on_is_enough_for_the_tensors(resolution, monkeypatch):
     """SDXL in fp16, without its memory, in PyTorch's functions, which keep more than ours; attention without scores."""
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))

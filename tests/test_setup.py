@@ -189,7 +189,8 @@ UNFIT = {
 @pytest.mark.parametrize("kind", UNFIT)
 def test_a_torch_that_does_not_fit_is_said_and_another_one_comes(kind, tmp_path, index):
     package, why = UNFIT[kind]
-    machine = Machine(tmp_path, index, [package])
+    machine = Machine(tmp_path, index, [package], without={"ensurepip"})
+    give_virtualenv(machine)  # which is quicker
     machine.program("nvidia-smi", "#!/bin/sh\n")
     output = machine.make()
     assert f"torch {package[1]} is there, but {why}: another one is installed" in output
@@ -199,7 +200,9 @@ def test_a_torch_that_does_not_fit_is_said_and_another_one_comes(kind, tmp_path,
 @pytest.mark.slow
 def test_a_torch_that_starts_there_and_not_in_venv_is_replaced(tmp_path, index):
     code = cuda_torch("12.8") + "import secret_of_that_place\n"
-    machine = Machine(tmp_path, index, [("torch", "2.11.0+cu128", [], code), ("secret_of_that_place", "1")])
+    packages = [("torch", "2.11.0+cu128", [], code), ("secret_of_that_place", "1")]
+    machine = Machine(tmp_path, index, packages, without={"ensurepip"})
+    give_virtualenv(machine)  # which is quicker
     assert "torch 2.11.0+cu128 does not start in .venv; another one is installed" in machine.make()
     assert machine.installed("torch") == [PINS["torch"]]
 

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import TOKEN, TRAIN, command, settings
+from conftest import TOKEN, TRAIN, command, here, settings
 from PIL import Image
 
 from data.common import flags
@@ -310,12 +310,13 @@ def test_both_are_named_as_people_type_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_command_with_both_gives_the_same_weights(fresh, run, wandb):
+def test_the_real_command_with_both_gives_the_same_weights(fresh, run, wandb, monkeypatch):
     """With the sentinels of a token and a key in its environment, which stand in no byte afterwards."""
-    env = os.environ | {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY, "WANDB_FAILS": "4"}
+    for name, value in {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY, "WANDB_FAILS": "4"}.items():
+        monkeypatch.setenv(name, value)
     argv = ("--output_dir", fresh, *TRAIN)
-    command("train", *argv, "--max_train_steps", 2, env=env)  # without: a continuation may ask for them
-    output = command("train", *argv, "--report_to", "tensorboard", "wandb", env=env)
+    here("train", *argv, "--max_train_steps", 2)  # without: a continuation may ask for them
+    output = command("train", *argv, "--report_to", "tensorboard", "wandb")
     said = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert said == ["warning: --report_to wandb: ConnectionError: no route to host; the run goes on without it"]
     found = scalars(events(fresh))

@@ -113,6 +113,7 @@ def a_run(held_out, folder, **values):
     return run
 
 
+@pytest.mark.slow
 def test_twice_gives_the_same_and_scale_0_exactly_nothing(held_out, tmp_path):
     run = a_run(held_out, tmp_path / "a")
     first, again = (run.validation.measure(2, GOES_ON)["held_out"] for _ in range(2))

@@ -266,7 +266,8 @@ def main():
     lines = [json.loads(line) for line in open(run / "metrics.jsonl")]
     per_step = statistics.median(line["s_per_step"] for line in lines[len(lines) // 2 :])
     results["train"] = facts | dict(s_per_step=per_step, micro_batches_per_step=4, loss=lines[-1]["loss"])
-    _, facts = command(work, "infer", *common, "--prompt", "a red house in the forest")
+    drawn = ("--num_inference_steps", 2) if args.toy else ()
+    _, facts = command(work, "infer", *common, "--prompt", "a red house in the forest", *drawn)
     report = json.loads((run / "compare" / "report.json").read_text())
     results["compare"] = facts | dict(s_per_picture=report["median_s_per_picture"])
     (args.out / "full_size.json").write_text(json.dumps(results, indent=1))

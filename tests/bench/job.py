@@ -57,7 +57,10 @@ def main():
         results[name], _ = seconds("data.precompute", *common, *what, "--mixed_precision", precision)
     how = ("--rank", 32, "--max_train_steps", steps, "--use_8bit_adam", "--mixed_precision", precision)
     results["train"], results["to_first_step"] = seconds("train", *common, *how, until=run / "metrics.jsonl")
-    results["compare"], _ = seconds("infer", *common, *(word for prompt in PROMPTS for word in ("--prompt", prompt)))
+    drawn = ("--num_inference_steps", 2) if args.toy else ()
+    results["compare"], _ = seconds(
+        "infer", *common, *drawn, *(word for prompt in PROMPTS for word in ("--prompt", prompt))
+    )
     results["job"] = results["precompute"] + results["train"] + results["compare"]
     shutil.rmtree(work)
     (args.out / "job.json").write_text(json.dumps(results, indent=1))

@@ -96,7 +96,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     args.toy |= device.type == "cpu"
     if args.toy:
-        name, resolution, precision, counts = TOY, 128, "no", (8, 64)
+        name, resolution, precision, counts = TOY, 128, "no", (8, 16)
     else:
         name, resolution, precision, counts = work / "pipeline", 1024, "fp16", (64, 1088)
         make_pipeline(name, device)
