@@ -59,6 +59,8 @@ $(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, narut
   name a file of your own that ends in .mk, or set $(NAME).precompute, $(NAME).train and $(NAME).compare))
 
 CACHE_DIR = $(if $(CACHE),--cache_dir "$$CACHE")
+# Tests run side by side, one for each core; not on a GPU, where they measure what they hold of it.
+WORKERS   = $(if $(shell command -v nvidia-smi),0,auto) --dist worksteal
 ON_GPUS   = $(PYTHON)$(if $(GPUS), -m torch.distributed.run --standalone --nproc_per_node $(GPUS))
 
 .PHONY: help setup precompute train compare publish check lint test test-all bench clean
@@ -106,11 +108,11 @@ check: setup
 
 test:  ## the tests, under two minutes on a CPU
 test: setup-dev
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -m "not slow" $(ARGS) tests
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n $(WORKERS) -m "not slow" $(ARGS) tests
 
 test-all:  ## the slow tests as well
 test-all: setup-dev
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q $(ARGS) tests
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -n $(WORKERS) $(ARGS) tests
 
 lint:  ## the formatter and the linter (ruff.toml)
 lint: setup-dev

@@ -42,7 +42,6 @@ from data.cache import read_index, read_manifest, write_index
 from data.common import flags, safe
 from lora.inject import inject
 from tests.bench.full_size import UNET as SDXL  # its published configuration
-from tests.forks import forks
 
 tqdm.monitor_interval = 0  # its thread would stand in the way of fork() below
 # tqdm's own lock is shared with forked processes: one that is killed inside it would hold it for ever.
@@ -333,21 +332,13 @@ def run(tmp_path_factory, pictures):
     """One small run through precompute, train and infer, for all tests that only look at it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     env = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN}
-    with forks():
-        return Run(
-            folder,
-            pictures,
-            command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
-            command("train", "--output_dir", folder, *TRAIN, env=env),
-            command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
-        )
-
-
-@pytest.fixture
-def forked():
-    """The commands that the test starts as processes are forks (see forks.py)."""
-    with forks():
-        yield
+    return Run(
+        folder,
+        pictures,
+        command("data.precompute", "--output_dir", folder, "--train_data_dir", pictures, *PRECOMPUTE, env=env),
+        command("train", "--output_dir", folder, *TRAIN, env=env),
+        command("infer", "--output_dir", folder, "--prompt", *PROMPTS, "--num_inference_steps", 2, env=env),
+    )
 
 
 @pytest.fixture

@@ -177,7 +177,6 @@ BENCHMARKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", BENCHMARKS.items())
-@pytest.mark.usefixtures("forked")
 def test_every_benchmark_runs(name, flags, tmp_path):
     """On a small model, so the figures mean nothing: the machine that they are for costs money."""
     if torch.cuda.is_available():

@@ -1163,7 +1163,6 @@ def test_row_ids_of_a_dataset_may_be_anything(pictures, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
 def test_a_bad_picture_whose_name_is_not_utf_8_is_left_out(pictures, tmp_path):
     """After hours of encoding, the line that says what was left out must not be what ends the command."""
     source = tmp_path / "source"

@@ -354,16 +354,6 @@ def test_the_stop_button_lets_a_command_save(colab):
     assert "saved" in str(cells[2].outputs)
 
 
-# The kernel imports what its commands are made of, once for the three of them.
-FORKS = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests.forks import forks
-started = forks()
-started.__enter__()
-"""
-
-
 def run_all(machine, until=None, **values):
     """Run all on the machine; until() true ends it as a disconnect does. -> all that the cells printed"""
     import nbformat
@@ -373,7 +363,6 @@ def run_all(machine, until=None, **values):
     notebook = nbformat.read(PATH, 4)
     for cell in notebook.cells:
         cell.source = machine.sources(**values).get(cell.id, cell.source)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(FORKS))
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": machine.work}}
     )

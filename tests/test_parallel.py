@@ -117,7 +117,6 @@ def test_micro_steps_that_ranks_cannot_share_are_refused_with_what_to_choose(cac
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
 def test_torchrun_itself(cached, tmp_path):
     """The launcher's words, environment and exit codes; the run goes on with one process."""
     run = again(cached, tmp_path, "run")

@@ -269,7 +269,6 @@ def test_a_killed_rank_is_named_and_another_number_of_ranks_goes_on(killed, coun
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
 def test_torchrun_itself(cached, pictures, tmp_path):
     argv = ("--standalone", "--nproc_per_node", 2, "-m", "data.precompute", "--output_dir", tmp_path / "run")
     said = command("torch.distributed.run", *argv, "--train_data_dir", pictures, *PRECOMPUTE)
