@@ -3,9 +3,9 @@
     attn        to_q, to_k, to_v and to_out.0 of 140 attentions: 560 layers in SDXL, 1,451,520 × rank trained weights
     attn-mlp    these, the two products of 70 feed-forwards, proj_in and proj_out: 722 layers, 2,659,840 × rank
 
-A set of layers is named by patterns, in which * stands for anything. Projections that read the same input stand side
-by side in one layer (lora/attention.py), to_q, to_k, to_v of a self-attention in to_qkv, to_k, to_v of a
-cross-attention in to_kv, and are adapted together or not at all.
+A set of layers is named by patterns, in which * stands for anything. The patterns name projections as diffusers does.
+Here those that read the same input are fused into one layer, side by side (lora/attention.py): to_q, to_k, to_v of a
+self-attention into to_qkv, to_k, to_v of a cross-attention into to_kv. They are adapted together or not at all.
 """
 
 from fnmatch import fnmatchcase
@@ -25,14 +25,35 @@ TARGETS = {
 }
 
 
+def inject(unet, rank, alpha, seed=0, layers="attn"):
+    """Freeze `unet`, put a LoRALinear around each of its layers that TARGETS[layers] names, and return the Adapters.
+
+    The Adapters (lora/adapters.py) hold all A and B as one flat vector, which is what training changes. Call it when
+    the UNet is on its device, because moving it afterwards would part the layers from that vector.
+    """
+    widest = max(min(inside, out) for _, inside, out in targets(unet, layers))
+    if rank > widest:
+        raise UserError(f"rank {rank} is more than the widest layer's {widest}: no longer low-rank; use a smaller one")
+    unet.requires_grad_(False)
+    fuse_projections(unet)
+    generator = torch.Generator().manual_seed(seed)
+    adapted = {
+        name: LoRALinear(layer, rank, alpha, generator, parts=len(projections_of(name)))
+        for name, layer in _layers(unet, layers)
+    }
+    for name, around in adapted.items():
+        unet.set_submodule(name, around)
+    return Adapters(adapted, rank, alpha)
+
+
 def targets(unet, layers="attn"):
-    """[(name, in, out)] of the layers in `unet` that TARGETS[layers] names, fused or not, in its own order.
+    """[(name, in, out)] of the projections that TARGETS[layers] names, in the order of `unet`, whose may be fused.
 
     Raises UserError when a pattern fits nothing in it, when a layer is wanted in part or has an adapter already, or
     when it is not a plain linear layer.
     """
     found = []
-    for name, module in _bases(unet, layers):
+    for name, module in _layers(unet, layers):
         if isinstance(module, LoRALinear):
             raise UserError(f"{name} has an adapter already; inject once, or load the UNet again")
         if not isinstance(module, nn.Linear):
@@ -45,37 +66,8 @@ def targets(unet, layers="attn"):
     return found
 
 
-def inject(unet, rank, alpha, seed=0, layers="attn"):
-    """Freeze `unet`, put a LoRALinear around each of its layers that TARGETS[layers] names, and return the Adapters.
-
-    Call it when the UNet is on its device, because moving it afterwards would part the layers from their vector.
-    """
-    widest = max(min(inside, out) for _, inside, out in targets(unet, layers))
-    if rank > widest:
-        raise UserError(f"rank {rank} is more than the widest layer's {widest}: no longer low-rank; use a smaller one")
-    unet.requires_grad_(False)
-    fuse_projections(unet)
-    generator = torch.Generator().manual_seed(seed)
-    adapted = {
-        name: LoRALinear(base, rank, alpha, generator, parts=len(projections_of(name)))
-        for name, base in _bases(unet, layers)
-    }
-    for name, layer in adapted.items():
-        unet.set_submodule(name, layer)
-    return Adapters(adapted, rank, alpha)
-
-
-def take_out(unet, adapters):
-    """Undo inject: the layers of `unet` without the adapters, frozen, their projections still side by side.
-
-    What holds `adapters` holds their memory.
-    """
-    for name, layer in adapters.layers.items():
-        unet.set_submodule(name, layer.base)
-
-
-def _bases(unet, layers):
-    """[(name, layer)] of all layers that compute one of the targets, or several side by side."""
+def _layers(unet, layers):
+    """[(name, layer)] of the layers to wrap: each computes one of the projections that are named, or several fused."""
     found = []
     for name, layer in unet.named_modules():
         wanted = [any(fnmatchcase(part, target) for target in TARGETS[layers]) for part in projections_of(name)]
