@@ -47,7 +47,7 @@ def inject(unet, rank, alpha, seed=0, layers="attn"):
 
 
 def targets(unet, layers="attn"):
-    """[(name, in, out)] of the projections that TARGETS[layers] names, in the order of `unet`, whose may be fused.
+    """[(name, in, out)] of the projections that TARGETS[layers] names, in the order of `unet`, fused there or not.
 
     Raises UserError when a pattern fits nothing in it, when a layer is wanted in part or has an adapter already, or
     when it is not a plain linear layer.
@@ -60,9 +60,9 @@ def targets(unet, layers="attn"):
             raise UserError(f"{name} is of type {type(module).__name__}: only a linear layer can be adapted")
         names = projections_of(name)
         found += [(projection, module.in_features, module.out_features // len(names)) for projection in names]
-    for target in TARGETS[layers]:
-        if not any(fnmatchcase(name, target) for name, _, _ in found):
-            raise UserError(f"{type(unet).__name__} has no {target}: not a UNet with attention as SDXL's")
+    for pattern in TARGETS[layers]:
+        if not any(fnmatchcase(name, pattern) for name, _, _ in found):
+            raise UserError(f"{type(unet).__name__} has no {pattern}: not a UNet with attention as SDXL's")
     return found
 
 
@@ -70,7 +70,7 @@ def _layers(unet, layers):
     """[(name, layer)] of the layers to wrap: each computes one of the projections that are named, or several fused."""
     found = []
     for name, layer in unet.named_modules():
-        wanted = [any(fnmatchcase(part, target) for target in TARGETS[layers]) for part in projections_of(name)]
+        wanted = [any(fnmatchcase(part, pattern) for pattern in TARGETS[layers]) for part in projections_of(name)]
         if any(wanted) and not all(wanted):
             raise UserError(f"{name} is one layer: adapt {', '.join(projections_of(name))} together, or none of them")
         if any(wanted):

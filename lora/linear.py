@@ -30,8 +30,8 @@ class LoRALinear(nn.Module):
         rank: r, the inner size of the update.
         alpha: the update is scaled by alpha / rank; alpha = rank, the usual choice, leaves it as it is.
         generator: draws A's first values, on the CPU, so that they are the same on every device.
-        parts: P, how many projections of one input `base` computes side by side (3 for q, k and v); each has an update
-            of its own. Read it with P = 1 first: A is (r, in) and B (out, r) then, but for B's leading 1.
+        parts: P, how many projections of one input `base` computes side by side, 3 for q, k and v; each has an update
+            of its own. Read it with P = 1 first: A is (r, in) then, and B (1, out, r).
 
     A (P·r, in) starts normal with standard deviation 1/r and B (P, out/P, r) at zero, so the first output is the base's
     own. Both have the base's dtype, because products in half precision are cheap. They are copies: the weights that the

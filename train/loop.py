@@ -152,6 +152,8 @@ def setup(settings, folder):
     settings = replace(settings, base_precision=ranks.from_first(decided))
     check.gpu_memory(config, dtype, device, settings.base_precision)
     check_flags(settings)
+
+    # which run this is, and what an earlier command left of it
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
@@ -160,11 +162,11 @@ def setup(settings, folder):
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
+    # a frozen UNet, the updates in it, and what trains them
     unet = load_unet(base, cache, dtype, device, settings.base_precision)
     adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
-    # fp16 ends at 6e-8, so gradients are computed of a loss times a scale, and divided by it before they are used; the
-    # scaler finds the largest scale that does not overflow, by trying
+    # fp16 ends at 6e-8, so gradients are of a loss times a scale, which the scaler finds by trying and divides out
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     start, memory_plan, best = restore(state, adapters, optimizer, scaler, ranks.count)
     if first:
@@ -201,18 +203,21 @@ def setup(settings, folder):
 
 
 def plan_and_capture(run):
-    """Decide which blocks recompute their activations, and give the run its micro-step and its validation."""
+    """Decide which blocks recompute their activations, and give the run its micro-step and its validation.
+
+    Both call a function above with batches on the CPU: graph.Eager copies a batch to the device and calls the function,
+    graph.Captured copies it and replays, all at once, the kernels that the function started when it was captured.
+    """
     settings, eager = run.settings, graph.Eager(partial(micro_step, run), run.device)
     batches = run.batches.one_of_each_bucket()  # of random numbers, the largest shape first
-    # what a new optimizer allocates in its first step; one that was restored has it
-    optimizer_bytes = 0 if run.start else run.adapters.vector.numel() * bytes_of_a_weight(settings)
     run.memory_plan = plan.make(
         settings.vram_gib,
         settings.gradient_checkpointing,
         run.unet,
         partial(eager, batches[0]),
         run.device,
-        state_bytes=optimizer_bytes,
+        # what a new optimizer allocates in its first step; one that was restored has it
+        state_bytes=0 if run.start else run.adapters.vector.numel() * bytes_of_a_weight(settings),
         before=run.memory_plan,
         pictures=run.samples.memory,
         shapes=len(batches),
@@ -220,7 +225,7 @@ def plan_and_capture(run):
     plan.recompute(run.unet, run.memory_plan["recomputed"])
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)
     run.micro_step = prepare(eager.function, batches)
-    errors = partial(prepare, torch.no_grad()(partial(forward, run)))  # for batches of other shapes
+    errors = partial(prepare, torch.no_grad()(partial(forward, run)))
     pictures = 0 if run.ranks.index else PICTURES
     run.validation = Validation(settings, run.cache, len(run.alpha_bar), run.adapters, errors, run.best, pictures)
 
