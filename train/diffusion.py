@@ -2,7 +2,8 @@
 
 Nothing is drawn here. train/batches.py draws for every picture a latent x0 from the cached posterior (a mean and a
 standard deviation of each number, which the VAE's encoder gave), noise eps from a standard normal, and a timestep t
-uniformly from 0 … T - 1. alpha_bar (T,) is ᾱ, the cumulative signal share: how much of xt's variance is x0's.
+uniformly from 0 … T - 1. xt is the noisy latent, and alpha_bar (T,) is ᾱ, the cumulative signal share: how much of its
+variance is x0's. B pictures in a batch, C h w latent channels, height and width.
 """
 
 import torch
