@@ -1,7 +1,7 @@
 """Randomness and data order as functions of (seed, step, slot), never of history.
 
-A slot is a micro-batch's place in its optimizer step, counted over all ranks: slot = micro · world + rank. So a resumed
-run needs no random state, and N ranks see together what one rank sees alone.
+A slot is a micro-batch's place in its optimizer step, counted over all ranks, the processes that share it: slot =
+micro-step · ranks + rank. So a resumed run needs no random state, and N ranks see together what one rank sees alone.
 """
 
 import functools

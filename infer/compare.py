@@ -31,7 +31,6 @@ from infer.streamed import Streamed
 from infer.told import PICTURE, without_places
 from lora import files
 from lora.attention import fuse_projections
-from lora.inject import take_out
 
 UNRELATED = "without the concept: what changes here has leaked"
 
@@ -184,7 +183,7 @@ def rows_of_lora(drawing, lora, label, scales, index):
         except NumbersError as error:
             raise NumbersError(f"{shown}: {error}") from None
         rows.append(dict(label=shown, lora=facts, scale=scale) | drawn)
-    take_out(drawing.pipeline.unet, adapters)
+    adapters.take_out(drawing.pipeline.unet)
     return rows
 
 

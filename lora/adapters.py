@@ -63,6 +63,14 @@ class Adapters:
                 found[projection] = (a, b)
         return found
 
+    def take_out(self, unet):
+        """Undo lora.inject.inject: the layers of `unet` as they were, frozen, their projections still side by side.
+
+        What holds the Adapters holds their memory.
+        """
+        for name, layer in self.layers.items():
+            unet.set_submodule(name, layer.base)
+
     def set_scale(self, scale):
         """Set the strength of every update: 1 is as trained, 0 gives the base bit for bit."""
         for layer in self.layers.values():

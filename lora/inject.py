@@ -3,9 +3,9 @@
     attn        to_q, to_k, to_v and to_out.0 of 140 attentions: 560 layers in SDXL, 1,451,520 × rank trained weights
     attn-mlp    these, the two products of 70 feed-forwards, proj_in and proj_out: 722 layers, 2,659,840 × rank
 
-A set of layers is named by patterns, in which * stands for anything. Projections that read the same input stand side
-by side in one layer (lora/attention.py), to_q, to_k, to_v of a self-attention in to_qkv, to_k, to_v of a
-cross-attention in to_kv, and are adapted together or not at all.
+A set of layers is named by patterns, in which * stands for anything. The patterns name projections as diffusers does.
+Here those that read the same input are fused into one layer, side by side (lora/attention.py): to_q, to_k, to_v of a
+self-attention into to_qkv, to_k, to_v of a cross-attention into to_kv. They are adapted together or not at all.
 """
 
 from fnmatch import fnmatchcase
@@ -25,30 +25,11 @@ TARGETS = {
 }
 
 
-def targets(unet, layers="attn"):
-    """[(name, in, out)] of the layers in `unet` that TARGETS[layers] names, fused or not, in its own order.
-
-    Raises UserError when a pattern fits nothing in it, when a layer is wanted in part or has an adapter already, or
-    when it is not a plain linear layer.
-    """
-    found = []
-    for name, module in _bases(unet, layers):
-        if isinstance(module, LoRALinear):
-            raise UserError(f"{name} has an adapter already; inject once, or load the UNet again")
-        if not isinstance(module, nn.Linear):
-            raise UserError(f"{name} is of type {type(module).__name__}: only a linear layer can be adapted")
-        names = projections_of(name)
-        found += [(projection, module.in_features, module.out_features // len(names)) for projection in names]
-    for target in TARGETS[layers]:
-        if not any(fnmatchcase(name, target) for name, _, _ in found):
-            raise UserError(f"{type(unet).__name__} has no {target}: not a UNet with attention as SDXL's")
-    return found
-
-
 def inject(unet, rank, alpha, seed=0, layers="attn"):
     """Freeze `unet`, put a LoRALinear around each of its layers that TARGETS[layers] names, and return the Adapters.
 
-    Call it when the UNet is on its device, because moving it afterwards would part the layers from their vector.
+    The Adapters (lora/adapters.py) hold all A and B as one flat vector, which is what training changes. Call it when
+    the UNet is on its device, because moving it afterwards would part the layers from that vector.
     """
     widest = max(min(inside, out) for _, inside, out in targets(unet, layers))
     if rank > widest:
@@ -57,28 +38,39 @@ def inject(unet, rank, alpha, seed=0, layers="attn"):
     fuse_projections(unet)
     generator = torch.Generator().manual_seed(seed)
     adapted = {
-        name: LoRALinear(base, rank, alpha, generator, parts=len(projections_of(name)))
-        for name, base in _bases(unet, layers)
+        name: LoRALinear(layer, rank, alpha, generator, parts=len(projections_of(name)))
+        for name, layer in _layers(unet, layers)
     }
-    for name, layer in adapted.items():
-        unet.set_submodule(name, layer)
+    for name, around in adapted.items():
+        unet.set_submodule(name, around)
     return Adapters(adapted, rank, alpha)
 
 
-def take_out(unet, adapters):
-    """Undo inject: the layers of `unet` without the adapters, frozen, their projections still side by side.
+def targets(unet, layers="attn"):
+    """[(name, in, out)] of the projections that TARGETS[layers] names, in the order of `unet`, fused there or not.
 
-    What holds `adapters` holds their memory.
+    Raises UserError when a pattern fits nothing in it, when a layer is wanted in part or has an adapter already, or
+    when it is not a plain linear layer.
     """
-    for name, layer in adapters.layers.items():
-        unet.set_submodule(name, layer.base)
+    found = []
+    for name, module in _layers(unet, layers):
+        if isinstance(module, LoRALinear):
+            raise UserError(f"{name} has an adapter already; inject once, or load the UNet again")
+        if not isinstance(module, nn.Linear):
+            raise UserError(f"{name} is of type {type(module).__name__}: only a linear layer can be adapted")
+        names = projections_of(name)
+        found += [(projection, module.in_features, module.out_features // len(names)) for projection in names]
+    for pattern in TARGETS[layers]:
+        if not any(fnmatchcase(name, pattern) for name, _, _ in found):
+            raise UserError(f"{type(unet).__name__} has no {pattern}: not a UNet with attention as SDXL's")
+    return found
 
 
-def _bases(unet, layers):
-    """[(name, layer)] of all layers that compute one of the targets, or several side by side."""
+def _layers(unet, layers):
+    """[(name, layer)] of the layers to wrap: each computes one of the projections that are named, or several fused."""
     found = []
     for name, layer in unet.named_modules():
-        wanted = [any(fnmatchcase(part, target) for target in TARGETS[layers]) for part in projections_of(name)]
+        wanted = [any(fnmatchcase(part, pattern) for pattern in TARGETS[layers]) for part in projections_of(name)]
         if any(wanted) and not all(wanted):
             raise UserError(f"{name} is one layer: adapt {', '.join(projections_of(name))} together, or none of them")
         if any(wanted):

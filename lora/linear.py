@@ -15,7 +15,7 @@ from lora import products
 def lora(x, base, A, B, scaling):
     """The equation as it is in the paper: x (N, in), A (rank, in), B (out, rank) -> y (N, out).
 
-    LoRALinear computes the same in fewer kernels; a test holds its output and its gradients against this function.
+    Nothing calls it but a test, which holds LoRALinear, the same in fewer kernels, to its output and gradients.
     """
     h = x @ A.T  # (N, rank)
     update = h @ B.T  # (N, out)
@@ -30,11 +30,12 @@ class LoRALinear(nn.Module):
         rank: r, the inner size of the update.
         alpha: the update is scaled by alpha / rank; alpha = rank, the usual choice, leaves it as it is.
         generator: draws A's first values, on the CPU, so that they are the same on every device.
-        parts: P, how many projections of one input `base` computes side by side (q, k and v); each has its own update.
+        parts: P, how many projections of one input `base` computes side by side, 3 for q, k and v; each has an update
+            of its own. Read it with P = 1 first: A is (r, in) then, and B (1, out, r).
 
     A (P·r, in) starts normal with standard deviation 1/r and B (P, out/P, r) at zero, so the first output is the base's
-    own. Both have the base's dtype, because products in half precision are cheap; `adapters.Adapters` holds the fp32
-    weights that training steps.
+    own. Both have the base's dtype, because products in half precision are cheap. They are copies: the weights that the
+    optimizer changes are fp32 and stand in `adapters.Adapters`, which copies them here after every step.
     """
 
     def __init__(self, base, rank, alpha, generator=None, parts=1):
@@ -57,6 +58,7 @@ class LoRALinear(nn.Module):
         """x (..., in) -> y (..., out)"""
         if self.scale == 0:  # skipped instead of multiplied by 0, because 0 · inf is NaN
             return self.base(x)
-        rows, h = products.down(x.flatten(0, -2), self.A)  # x as rows (N, in), h = A x (N, P·r)
+        # products.py is these two lines' gradients by hand, and can be skipped; `rows` is x as rows (N, in)
+        rows, h = products.down(x.flatten(0, -2), self.A)  # h = A x (N, P·r)
         y = products.up(self.base(rows), h, self.B, self.scaling)  # W x + b + scaling · B h, (N, out)
         return y.view(*x.shape[:-1], -1)

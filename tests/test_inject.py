@@ -13,7 +13,7 @@ from data.common.errors import UserError
 from data.models.fused import fuse
 from lora.adapters import ALIGN
 from lora.attention import fuse_projections
-from lora.inject import TARGETS, inject, take_out, targets
+from lora.inject import TARGETS, inject, targets
 from lora.linear import LoRALinear, lora
 
 BOTH = pytest.mark.parametrize("layers", TARGETS)
@@ -329,7 +329,7 @@ def test_a_lora_that_is_taken_out_leaves_nothing(unet, first, second):
     base = predict(untouched, x)
     adapters = inject_filled(unet, rank=3, layers=first)
     assert not torch.equal(predict(unet, x), base)
-    take_out(unet, adapters)
+    adapters.take_out(unet)
     assert torch.equal(predict(unet, x), base) and not [m for m in unet.modules() if isinstance(m, LoRALinear)]
     inject_filled(unet, rank=5, layers=second), inject_filled(untouched, rank=5, layers=second)
     assert torch.equal(predict(unet, x), predict(untouched, x))

@@ -12,7 +12,6 @@ from infer import memory, streamed
 from infer.memory import PLACES
 from infer.streamed import Streamed
 from lora.attention import fuse_projections
-from lora.inject import take_out
 
 CPU = torch.device("cpu")
 
@@ -69,7 +68,7 @@ def test_the_same_bits_over_several_forwards_with_a_lora_and_without(count, unet
     adapters = [inject_filled(model) for model in (unet, other)]
     assert same(unet, other, 2)
     for model, some in zip((unet, other), adapters):
-        take_out(model, some)
+        some.take_out(model)
     assert same(unet, other, 3)
 
 

@@ -1,14 +1,16 @@
 """READ 3. The diffusion half of the method: pure functions of tensors.
 
-Shapes: B images in a batch, C h w latent channels, height and width. t timestep, x0 clean latent, eps noise, xt noisy
-latent. alpha_bar (T,) is ᾱ, the cumulative signal share: how much of xt's variance is x0's at each timestep.
+Nothing is drawn here. train/batches.py draws for every picture a latent x0 from the cached posterior (a mean and a
+standard deviation of each number, which the VAE's encoder gave), noise eps from a standard normal, and a timestep t
+uniformly from 0 … T - 1. xt is the noisy latent, and alpha_bar (T,) is ᾱ, the cumulative signal share: how much of its
+variance is x0's. B pictures in a batch, C h w latent channels, height and width.
 """
 
 import torch
 
 
 def noise_schedule(config):
-    """alpha_bar, ᾱ_t = Π_{s ≤ t} (1 - β_s), fp32 (T,), from a model's scheduler config.
+    """alpha_bar, ᾱ_t = Π_{s ≤ t} (1 - β_s), fp32 (T,), from a model's scheduler config. β_s is the noise of one step.
 
     SDXL's is "scaled_linear", β from 0.00085 to 0.012 over T = 1000; "linear" is the only other one that
     data/models/schema.py lets in.
@@ -27,7 +29,10 @@ def noise_schedule(config):
 
 
 def sample_posterior(mean, std, noise, scaling_factor):
-    """A draw x0 (B, C, h, w) from the VAE's posterior, in the UNet's scale: another latent of the picture each time."""
+    """x0 (B, C, h, w), a draw from the VAE's posterior: another latent of the same picture each time.
+
+    scaling_factor is the model's, and brings latents to about the standard deviation of 1 that the UNet knows.
+    """
     return (mean + std * noise) * scaling_factor
 
 
@@ -48,8 +53,8 @@ def target(x0, eps, t, alpha_bar, prediction_type):
 def loss_weight(t, alpha_bar, prediction_type, snr_gamma):
     """Weight (B,) of each sample's loss: 1, or with a gamma min-SNR's (Hang et al. 2023, eq. 9).
 
-    With snr = ᾱ_t / (1 - ᾱ_t), the paper weighs the squared error of x0 by min(snr, gamma). For the same xt
-    |x0' - x0|² = |eps' - eps|² / snr = |v' - v|² / (snr + 1).
+    With the signal-to-noise ratio snr = ᾱ_t / (1 - ᾱ_t), the paper weighs the squared error of x0 by min(snr, gamma).
+    What is compared here is eps or v, and for the same xt |x0' - x0|² = |eps' - eps|² / snr = |v' - v|² / (snr + 1).
     """
     snr = alpha_bar[t] / (1 - alpha_bar[t])
     if snr_gamma is None:
@@ -60,5 +65,5 @@ def loss_weight(t, alpha_bar, prediction_type, snr_gamma):
 
 
 def squared_error(prediction, wanted):
-    """Mean squared error (B,) of each sample, fp32: over its elements."""
+    """Mean squared error (B,) of each sample over its elements, fp32."""
     return (prediction.float() - wanted.float()).square().mean(dim=(1, 2, 3))

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from data.common.errors import NumbersError
+from train.graph import Eager
 
 SHOWN = 8  # names and timesteps in a message
 MOST_OVERFLOWS = 20  # in a row; each halves the loss scale, and after 166 it is 0 and NaN goes into the weights
@@ -34,6 +35,20 @@ class Health:
                 f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row; "
                 "try --mixed_precision bf16 or a lower --learning_rate"
             )
+
+
+def give_up(run, writer, forward, step, error):
+    """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved.
+
+    forward: tensors by name -> squared errors.
+    """
+    if step:
+        writer.keep_state(step)
+    run.micro_step = run.validation = None  # captured graphs hold the memory that the forwards need now
+    torch.cuda.empty_cache()
+    where = describe(run.unet, run.adapters, Eager(forward, run.device), run.batches, step)
+    kept = f"; {run.folder / 'state'} has step {step}" if step else ""
+    return NumbersError(f"{error} ({where}){kept}")
 
 
 @torch.no_grad()

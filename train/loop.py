@@ -4,9 +4,11 @@ One optimizer step trains on gradient_accumulation_steps micro-batches. Each is 
 backpropagated into the adapters' one flat gradient; then the gradient is unscaled and clipped, and the optimizer steps.
 Everything random is a function of (seed, step, slot), where a slot is a micro-batch's place in its step. That is why
 going on after a stop is running the same command again.
+
+A rank in run.ranks is one of several processes, each with a GPU, that share the slots of every step; there is mostly
+one, which has them all. LoRA's rank r is settings.rank.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,26 +19,25 @@ from diffusers import UNet2DConditionModel
 
 from data import check
 from data.cache import Cache, cache_folder
-from data.common.errors import NumbersError, Stopped, UserError
+from data.common.errors import NumbersError, Stopped
 from data.common.flags import Train
 from data.common.safe import Signals
-from data.models import fused, packed
-from data.models.files import Model, load, torch_dtype
+from data.models.files import Model, torch_dtype
 from data.models.identity import check_unchanged
 from lora import files
 from lora.adapters import Adapters
-from lora.attention import fuse_projections
 from lora.inject import inject
 from train import announce, diffusion, graph, parallel, plan, precision
+from train.base import load_unet, prepare_device
 from train.batches import Batches
-from train.health import Health, describe
+from train.health import Health, give_up
 from train.optimizer import bytes_of_a_weight, check_flags, learning_rate, make_optimizer
 from train.parallel import Alone
 from train.same_run import begin, identity_of, remember
 from train.samples import Samples
 from train.state import need_room, read_state, restore
 from train.validate import PICTURES, Validation
-from train.writer import writer_for
+from train.writer import origin_of, writer_for
 
 
 def train(settings, folder):
@@ -55,7 +56,7 @@ def train(settings, folder):
             run.optimizer.param_groups[0]["lr"] = lr = run.learning_rate(step)
             run.adapters.vector.grad.zero_()
             loss = torch.zeros((), device=run.device)
-            for _ in range(slots // run.ranks.count):
+            for _ in range(slots // run.ranks.count):  # micro_step adds to the gradient, below
                 loss += run.micro_step(next(micro_batches)) / slots
             loss = run.ranks.add_up(run.adapters.vector.grad, loss)
 
@@ -65,9 +66,9 @@ def train(settings, folder):
             try:
                 health.check(loss, norm)
             except NumbersError as error:
-                raise give_up(run, writer, step, error) from None
-            run.scaler.step(run.optimizer)  # does nothing when the gradient overflowed
-            run.scaler.update()
+                raise give_up(run, writer, partial(forward, run), step, error) from None
+            run.scaler.step(run.optimizer)  # does nothing when the gradient overflowed; the step counts all the same
+            run.scaler.update()  # a smaller scale then, a larger one after 2,000 steps without
             run.adapters.refresh()  # the layers compute with the stepped weights from here on
 
             done, scale = step + 1, run.scaler.get_scale()
@@ -85,16 +86,21 @@ def train(settings, folder):
 
 
 def micro_step(run, **batch):
-    """Forward and backward of one micro-batch: its share of the step's gradient is added to the adapters'. -> loss"""
+    """Forward and backward of one micro-batch: its share of the step's gradient is added to the adapters'. -> loss
+
+    Not by backward(), because the layers' A and B are copies, in the base's dtype, of the fp32 vector that is trained:
+    add_gradients adds the copies' gradients to the vector's.
+    """
     weight = diffusion.loss_weight(batch["t"], run.alpha_bar, run.prediction_type, run.settings.snr_gamma)
     loss = (weight * forward(run, **batch)).mean()
-    share = run.scaler.scale(loss / run.settings.gradient_accumulation_steps)
-    run.adapters.add_gradients(torch.autograd.grad(share, run.adapters.parameters))
+    scaled = run.scaler.scale(loss / run.settings.gradient_accumulation_steps)  # a step's loss is their mean
+    run.adapters.add_gradients(torch.autograd.grad(scaled, run.adapters.parameters))
     return loss.detach()
 
 
 def forward(run, *, x0, eps, t, text, pooled, time_ids):
-    """Squared errors (B,) of the pictures: noised, predicted, compared. train/batches.py says what the tensors are.
+    """Squared errors (B,) of the pictures: noised, predicted, compared. train/batches.py drew the latents x0, the noise
+    eps and the timesteps t; text, pooled (two embeddings of the caption) and time_ids (sizes, crop) are the cache's.
 
     Held-out pictures are measured with it as well; micro_step's weight is of the trained ones alone.
     """
@@ -122,16 +128,16 @@ class Run:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable  # step -> learning rate
     scaler: torch.amp.GradScaler
-    ranks: Alone  # this process among those that train together
+    ranks: Alone  # this process among those that train together: Alone, or one of Ranks
     identity: dict  # what a continuation of this run must agree with
     origin: files.Origin  # what its files of weights say
-    samples: Samples  # pictures while training
+    samples: Samples  # draws prompts while training
     start: int  # steps that are done
     memory_plan: dict | None  # which blocks are recomputed, and what that was decided for
     best: dict | None  # of the saves before `start`, the step with the lowest held-out loss, and that
-    # `micro_step` above for a batch on the CPU, captured as a graph where there is a GPU
-    micro_step: Callable | None = None
-    validation: Validation | None = None
+    # plan_and_capture adds these two
+    micro_step: Callable | None = None  # batch on the CPU -> loss: the function above, a captured graph on a GPU
+    validation: Validation | None = None  # measures pictures that were held out
 
 
 def setup(settings, folder):
@@ -140,12 +146,14 @@ def setup(settings, folder):
     base, vae = Model(**cache.manifest["model"]), Model(**cache.manifest["vae"])
     device, dtype = prepare_device(settings), torch_dtype(settings.mixed_precision)
     ranks = parallel.join(device)
-    first = ranks.index == 0  # which has the folder; the others are told
+    first = ranks.index == 0  # it alone reads and writes the run's folder, and tells the others
     config, shapes = base.unet_config(), cache.manifest["posterior_shapes"]
     decided = precision.of_the_base(settings, config, shapes, dtype, device) if first else None
     settings = replace(settings, base_precision=ranks.from_first(decided))
     check.gpu_memory(config, dtype, device, settings.base_precision)
     check_flags(settings)
+
+    # which run this is, and what an earlier command left of it
     found = check_unchanged(cache.manifest["components"], base, vae, "run python -m data.precompute again")
     of_the_model = {name: found.get(name) for name in ("unet", "scheduler", "model_index")}
     name = f"local-{found.get('unet')}" if base.is_local() else base.name  # a folder may move and be renamed
@@ -154,10 +162,11 @@ def setup(settings, folder):
     scheduler = base.component("scheduler").config()
     alpha_bar = diffusion.noise_schedule(scheduler)
 
+    # a frozen UNet, the updates in it, and what trains them
     unet = load_unet(base, cache, dtype, device, settings.base_precision)
     adapters = make_adapters(unet, settings, scheduler["prediction_type"], goes_on=state is not None)
     optimizer = make_optimizer(adapters.vector, settings)
-    # fp16 ends at 6e-8, so gradients are computed of a scaled loss; the scaler finds the scale by trying
+    # fp16 ends at 6e-8, so gradients are of a loss times a scale, which the scaler finds by trying and divides out
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     start, memory_plan, best = restore(state, adapters, optimizer, scaler, ranks.count)
     if first:
@@ -183,16 +192,7 @@ def setup(settings, folder):
         scaler=scaler,
         ranks=ranks,
         identity=identity,
-        origin=files.Origin(
-            title=folder.resolve().name,
-            base=base.public_name(),
-            resolution=cache.manifest["resolution"],
-            fingerprint=found.get("unet"),
-            prediction_type=scheduler["prediction_type"],
-            zero_snr=scheduler["rescale_betas_zero_snr"],
-            trigger_phrase=cache.manifest.get("instance_prompt"),
-            base_precision=settings.base_precision,
-        ),
+        origin=origin_of(folder, settings, cache.manifest, base, scheduler, found.get("unet")),
         samples=Samples(settings, folder, cache, base, vae, unet, first),
         start=start,
         memory_plan=memory_plan,
@@ -203,57 +203,31 @@ def setup(settings, folder):
 
 
 def plan_and_capture(run):
-    """Decide which blocks recompute their activations, and give the run its micro-step and its validation."""
+    """Decide which blocks recompute their activations, and give the run its micro-step and its validation.
+
+    Both call a function above with batches on the CPU: graph.Eager copies a batch to the device and calls the function,
+    graph.Captured copies it and replays, all at once, the kernels that the function started when it was captured.
+    """
     settings, eager = run.settings, graph.Eager(partial(micro_step, run), run.device)
-    samples = run.batches.one_of_each_bucket()
-    # what a new optimizer allocates in its first step; one that was restored has it
-    optimizer_bytes = 0 if run.start else run.adapters.vector.numel() * bytes_of_a_weight(settings)
+    batches = run.batches.one_of_each_bucket()  # of random numbers, the largest shape first
     run.memory_plan = plan.make(
         settings.vram_gib,
         settings.gradient_checkpointing,
         run.unet,
-        partial(eager, samples[0]),
+        partial(eager, batches[0]),
         run.device,
-        optimizer_bytes,
-        run.memory_plan,
-        run.samples.memory,
-        len(samples),
+        # what a new optimizer allocates in its first step; one that was restored has it
+        state_bytes=0 if run.start else run.adapters.vector.numel() * bytes_of_a_weight(settings),
+        before=run.memory_plan,
+        pictures=run.samples.memory,
+        shapes=len(batches),
     )
     plan.recompute(run.unet, run.memory_plan["recomputed"])
     prepare = graph.preparer(run.device, capture=not settings.no_cuda_graph)
-    run.micro_step = prepare(eager.function, samples)
+    run.micro_step = prepare(eager.function, batches)
     errors = partial(prepare, torch.no_grad()(partial(forward, run)))
     pictures = 0 if run.ranks.index else PICTURES
     run.validation = Validation(settings, run.cache, len(run.alpha_bar), run.adapters, errors, run.best, pictures)
-
-
-def give_up(run, writer, step, error):
-    """-> the error that ends a run whose step has numbers that cannot be used. What was good until there is saved."""
-    if step:
-        writer.keep_state(step)
-    run.micro_step = run.validation = None  # captured graphs hold the memory that the forwards need now
-    torch.cuda.empty_cache()
-    where = describe(run.unet, run.adapters, graph.Eager(partial(forward, run), run.device), run.batches, step)
-    kept = f"; {run.folder / 'state'} has step {step}" if step else ""
-    return NumbersError(f"{error} ({where}){kept}")
-
-
-def load_unet(base, cache, dtype, device, base_precision):
-    """The base model's UNet, frozen. Raises UserError when it is not of SDXL's kind or does not fit the cached text."""
-
-    def prepare(unet):
-        fuse_projections(unet)
-        fused.fuse(unet, device)
-        if base_precision != "plain":
-            packed.pack(unet, device, base_precision)
-
-    unet = load(UNet2DConditionModel, base.component("unet"), dtype, device, prepare)
-    width, has = unet.config.cross_attention_dim, cache.manifest["text_shape"][1]
-    if unet.config.addition_embed_type != "text_time" or width != has:
-        raise UserError(
-            f"{base.name}: its UNet wants text of width {width}, the cache has {has}; an SDXL model is needed"
-        )
-    return unet
 
 
 def make_adapters(unet, settings, prediction_type, goes_on):
@@ -267,15 +241,3 @@ def make_adapters(unet, settings, prediction_type, goes_on):
     of = f"rank {adapters.rank}, alpha {adapters.alpha:g}, --lora_layers {settings.lora_layers}"
     print(f"starts from {settings.network_weights}: {of}", flush=True)
     return adapters
-
-
-def prepare_device(settings):
-    """-> where to compute, with the allocator and the kernels that training wants there."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer holes in the GPU's memory
-    if settings.deterministic:  # only kernels that add in a fixed order; PyTorch raises where there is none
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every new tensor once more
-    device = check.device()
-    check.precision(settings.mixed_precision, device)
-    return device

@@ -16,6 +16,20 @@ def writer_for(run, stop):
     return Nobody(run) if run.ranks.index else Writer(run, stop)
 
 
+def origin_of(folder, settings, manifest, base, scheduler, fingerprint):
+    """-> files.Origin, what the run's files of weights say. base: the Model; scheduler: its config."""
+    return files.Origin(
+        title=folder.resolve().name,
+        base=base.public_name(),
+        resolution=manifest["resolution"],
+        fingerprint=fingerprint,
+        prediction_type=scheduler["prediction_type"],
+        zero_snr=scheduler["rescale_betas_zero_snr"],
+        trigger_phrase=manifest.get("instance_prompt"),
+        base_precision=settings.base_precision,
+    )
+
+
 class Writer:
     """A context manager: its file of metrics is open in between."""
 
