@@ -1,4 +1,4 @@
-"""READ 4. Training: the loop, the forward pass right below it, and then what both are made of.
+"""READ 4. Training: the loop, backward and forward right below it, and then what they are made of.
 
 One optimizer step trains on gradient_accumulation_steps micro-batches. Each is noised, predicted, compared and
 backpropagated into the adapters' one flat gradient; then the gradient is unscaled and clipped, and the optimizer steps.
