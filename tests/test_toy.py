@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data.toy import draw, measure
 from data.toy.examples import Example, examples
@@ -177,6 +177,19 @@ def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
         assert style(renders[other]) < 0.5
 
 
+def test_lines_are_scored_picture_by_picture_and_a_blot_makes_up_for_nothing():
+    scenes = SCENES[:4]
+    base, ink = ([render(scene, style, 60 + i) for i, scene in enumerate(scenes)] for style in ("base", "ink"))
+    others = [render(scene, "ink", 80 + i) for i, scene in enumerate(scenes)]
+    assert measure.lines_of_each(base, base, ink) == [0.0] * 4 and measure.lines_of_each(ink, base, ink) == [1.0] * 4
+    assert all(0.93 < score < 1.07 for score in measure.lines_of_each(others, base, ink))
+
+    blotted = [image.filter(ImageFilter.MinFilter(5)) for image in ink]  # the black of the lines spreads over the rest
+    assert max(measure.lines_of_each(blotted, base, ink)) > 1.1
+    scores = measure.style_scores([base[0], *blotted[1:]], base, ink)
+    assert scores["lines_worst"] == 0 and 0.7 < scores["lines"] <= 0.75
+
+
 @pytest.mark.slow
 def test_scores_come_out_bad_for_bad_pictures(renders, classify):
     wrong_scenes = [
@@ -240,6 +253,9 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     assert scores["lora"]["style"] == scores["base"]["style"]
     assert scores["heldout_loss"]["lora"] == scores["heldout_loss"]["base"] > 0
     assert scores["true"]["ink"]["style"] == 1 and scores["true"]["base"]["style"] == 0
+    lines = scores["lines_of_each"]
+    assert [each["prompt"] for each in lines] == PROMPTS and all(abs(each["lora"]) < 0.2 for each in lines)
+    assert scores["lora"]["lines_worst"] == min(each["lora"] for each in lines)
     assert not {caption(s) for s, _ in held_out_scenes(64)} & {caption(s) for s, _ in draw.training_scenes()}
 
 
