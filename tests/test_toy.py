@@ -259,6 +259,40 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     assert not {caption(s) for s, _ in held_out_scenes(64)} & {caption(s) for s, _ in draw.training_scenes()}
 
 
+@pytest.mark.slow
+def test_the_picture_on_top_of_the_readme_scores_what_is_said_of_it():
+    """Cut out of the grid, whose cells lie where infer/grid.py puts them: enlarged and lossy, but the pictures."""
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    from data.models.files import Model, load
+    from data.toy.score import TRUE_SEED, picture_scores, through_vae
+    from infer import grid
+
+    cell, step = grid.CELLS[0], grid.CELLS[0] + grid.GAP
+    page = Image.open(ROOT / "data" / "toy" / "grid.webp").convert("RGB")
+    lefts = [page.width - grid.MARGIN - 8 * step + grid.GAP + x * step for x in range(8)]
+    bottom = page.height - grid.MARGIN  # of the second block's last row
+    above = bottom - 2 * step + grid.GAP - 4 - 2 * grid.LINE - grid.APART  # the longest prompt there has two lines
+    assert above - 2 * step + grid.GAP - 4 - grid.LINE == grid.MARGIN
+    places = [(x, end - cell) for end in (above, bottom) for x in lefts]
+    shown = {
+        name: [page.crop((x, y - up, x + cell, y - up + cell)).resize((SIZE, SIZE)) for x, y in places]
+        for name, up in (("base", step), ("ink", 0))
+    }
+    scenes = [parse(prompt) for prompt in PROMPTS]
+    vae = load(AutoencoderKL, Model(str(PIPELINE)).component("vae"), torch.float32, "cpu")
+    true = {
+        style: through_vae(vae, [render(scene, style, TRUE_SEED + i) for i, scene in enumerate(scenes)])
+        for style in shown
+    }
+    classify = measure.SubjectClassifier()
+    base, lora = (picture_scores(shown[style], scenes, style, true, classify) for style in shown)
+    assert abs(base["style"]) < 0.05 and base["colour"] == base["subject"] == 1
+    assert lora["style"] >= 0.95 and lora["lines"] >= 0.93 and lora["lines_worst"] >= 0.82, lora
+    assert lora["colour"] >= 0.93 and lora["subject"] == 1, lora
+
+
 # ---- The small SDXL in the repository
 
 
