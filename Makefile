@@ -14,7 +14,7 @@ VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 toy.before     = $(PYTHON) -m data.toy.draw "$$RUN/pictures"
 toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no \
                  --validation_fraction 0.06
-toy.train      = --rank 32 --lora_layers attn-mlp $(toy.batch) --max_train_steps 330 --learning_rate 4e-3 --lr_scheduler cosine \
+toy.train      = --rank 32 --lora_layers attn-mlp $(toy.batch) --max_train_steps 300 --learning_rate 4e-3 --lr_scheduler cosine \
                  --lr_warmup_steps 20 --snr_gamma 1 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
 # A step's eight pictures, shared out where there are several GPUs.
 toy.batch      = $(if $(GPUS),--train_batch_size $(shell expr 8 / $(GPUS)) --gradient_accumulation_steps $(GPUS),$(toy.alone))
