@@ -14,12 +14,13 @@ VENV   := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 toy.before     = $(PYTHON) -m data.toy.draw "$$RUN/pictures"
 toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_dir "$$RUN/pictures" --resolution 128 --mixed_precision no \
                  --validation_fraction 0.06
-toy.train      = --rank 16 $(toy.batch) --max_train_steps 250 --learning_rate 4e-3 --lr_scheduler cosine \
-                 --lr_warmup_steps 20 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
+toy.train      = --rank 32 --lora_layers attn-mlp $(toy.batch) --max_train_steps 300 --learning_rate 4e-3 --lr_scheduler cosine \
+                 --lr_warmup_steps 20 --snr_gamma 1 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
 # A step's eight pictures, shared out where there are several GPUs.
 toy.batch      = $(if $(GPUS),--train_batch_size $(shell expr 8 / $(GPUS)) --gradient_accumulation_steps $(GPUS),$(toy.alone))
 toy.alone      = --train_batch_size 8 --gradient_accumulation_steps 1
-toy.compare    = --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \
+toy.compare    = --num_inference_steps 20 --guidance_scale 3 \
+                 --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \
                  "a purple fish at night" "a white ninja in the desert" "a pink house in the snow" "a yellow tree in the meadow" \
                  "a blue bowl of ramen in the forest" "a red flower in the desert" "a white boat on the sea" "a purple owl in the forest" \
                  "a blue fox in the snow" "an orange ninja at night" "a green house in the desert" "a pink cat at night"

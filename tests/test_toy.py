@@ -1,5 +1,6 @@
 """The toy world: its pictures, its fine-tuning set, its small SDXL and the script that trains it, its scores."""
 
+import io
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data.toy import draw, measure
 from data.toy.examples import Example, examples
@@ -177,6 +178,19 @@ def test_style_runs_from_base_to_ink_and_other_styles_are_no_ink(renders):
         assert style(renders[other]) < 0.5
 
 
+def test_lines_are_scored_picture_by_picture_and_a_blot_makes_up_for_nothing():
+    scenes = SCENES[:4]
+    base, ink = ([render(scene, style, 60 + i) for i, scene in enumerate(scenes)] for style in ("base", "ink"))
+    others = [render(scene, "ink", 80 + i) for i, scene in enumerate(scenes)]
+    assert measure.lines_of_each(base, base, ink) == [0.0] * 4 and measure.lines_of_each(ink, base, ink) == [1.0] * 4
+    assert all(0.93 < score < 1.07 for score in measure.lines_of_each(others, base, ink))
+
+    blotted = [image.filter(ImageFilter.MinFilter(5)) for image in ink]  # the black of the lines spreads over the rest
+    assert max(measure.lines_of_each(blotted, base, ink)) > 1.1
+    scores = measure.style_scores([base[0], *blotted[1:]], base, ink)
+    assert scores["lines_worst"] == 0 and 0.7 < scores["lines"] <= 0.75
+
+
 @pytest.mark.slow
 def test_scores_come_out_bad_for_bad_pictures(renders, classify):
     wrong_scenes = [
@@ -240,7 +254,54 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     assert scores["lora"]["style"] == scores["base"]["style"]
     assert scores["heldout_loss"]["lora"] == scores["heldout_loss"]["base"] > 0
     assert scores["true"]["ink"]["style"] == 1 and scores["true"]["base"]["style"] == 0
+    lines = scores["lines_of_each"]
+    assert [each["prompt"] for each in lines] == PROMPTS and all(abs(each["lora"]) < 0.2 for each in lines)
+    assert scores["lora"]["lines_worst"] == min(each["lora"] for each in lines)
     assert not {caption(s) for s, _ in held_out_scenes(64)} & {caption(s) for s, _ in draw.training_scenes()}
+
+
+@pytest.mark.slow
+def test_the_picture_on_top_of_the_readme_scores_what_is_said_of_it():
+    """Cut out of the grid, whose cells lie where infer/grid.py puts them. Being enlarged and lossy costs lines, so the
+    true pictures which they are held to go the same way."""
+    torch = pytest.importorskip("torch")
+    from diffusers import AutoencoderKL
+
+    from data.models.files import Model, load
+    from data.toy.score import TRUE_SEED, picture_scores, through_vae
+    from infer import grid
+
+    def reduced(image):
+        return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+    def as_on_the_page(image):
+        file = io.BytesIO()
+        image.resize((cell, cell), Image.Resampling.LANCZOS).save(file, "WEBP", quality=88, method=6)
+        return reduced(Image.open(file))
+
+    cell, step = grid.CELLS[0], grid.CELLS[0] + grid.GAP
+    page = Image.open(ROOT / "data" / "toy" / "grid.webp").convert("RGB")
+    lefts = [page.width - grid.MARGIN - 8 * step + grid.GAP + x * step for x in range(8)]
+    bottom = page.height - grid.MARGIN  # of the second block's last row
+    above = bottom - 2 * step + grid.GAP - 4 - 2 * grid.LINE - grid.APART  # the longest prompt there has two lines
+    assert above - 2 * step + grid.GAP - 4 - grid.LINE == grid.MARGIN
+    places = [(x, end - cell) for end in (above, bottom) for x in lefts]
+    shown = {
+        name: [reduced(page.crop((x, y - up, x + cell, y - up + cell))) for x, y in places]
+        for name, up in (("base", step), ("ink", 0))
+    }
+    scenes = [parse(prompt) for prompt in PROMPTS]
+    vae = load(AutoencoderKL, Model(str(PIPELINE)).component("vae"), torch.float32, "cpu")
+    true = {
+        style: through_vae(vae, [render(scene, style, TRUE_SEED + i) for i, scene in enumerate(scenes)])
+        for style in shown
+    }
+    true = {style: [as_on_the_page(image) for image in images] for style, images in true.items()}
+    classify = measure.SubjectClassifier()
+    base, lora = (picture_scores(shown[style], scenes, style, true, classify) for style in shown)
+    assert abs(base["style"]) < 0.05 and base["colour"] == base["subject"] == 1
+    assert lora["style"] >= 0.95 and lora["lines"] >= 0.91 and lora["lines_worst"] >= 0.82, lora
+    assert lora["colour"] >= 0.93 and lora["subject"] == 1, lora
 
 
 # ---- The small SDXL in the repository

@@ -41,17 +41,27 @@ def paper_share(image):
     return ((green > 110) & (red >= green - 6) & (green > blue) & (red - blue < 110)).mean()
 
 
+def lines_of_each(images, base, ink):
+    """How far the lines of each picture went from the base style to ink: 0 as in `base`, 1 as in `ink`. -> [float]
+
+    The three lists show the same scenes, because scenes differ in how many of their edges the pen draws.
+    """
+    shares = ([line_share(image) for image in group] for group in (images, base, ink))
+    return [(value - low) / (high - low) for value, low, high in zip(*shares)]
+
+
 def style_scores(images, base, ink):
     """How far pictures went from the base style to ink, by lines and by paper: 0 as in `base`, 1 as in `ink`.
 
-    Each is a mean over a list of pictures, so the three lists must show the same scenes. -> {"lines", "paper", "style"}
-    `style` is the mean of the other two, each counted as at most 1, because more ink than ink is no better.
+    The three lists must show the same scenes. -> {"lines", "lines_worst", "paper", "style"}
+    `lines` is the mean over the pictures, `lines_worst` the least of them, `paper` that of the pictures' mean. `style`
+    is the mean of lines and paper. More ink than ink counts as 1: it is no better, and a black blot makes up for no
+    line that is missing.
     """
-    scores = {}
-    for name, measure in (("lines", line_share), ("paper", paper_share)):
-        value, low, high = (float(np.mean([measure(image) for image in group])) for group in (images, base, ink))
-        scores[name] = (value - low) / (high - low)
-    return scores | {"style": sum(min(1.0, s) for s in scores.values()) / 2}
+    lines = [min(1.0, score) for score in lines_of_each(images, base, ink)]
+    value, low, high = (float(np.mean([paper_share(image) for image in group])) for group in (images, base, ink))
+    scores = {"lines": float(np.mean(lines)), "lines_worst": min(lines), "paper": (value - low) / (high - low)}
+    return scores | {"style": (scores["lines"] + min(1.0, scores["paper"])) / 2}
 
 
 # ---- Colour

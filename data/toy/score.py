@@ -2,9 +2,10 @@
 
 The pictures of the prompts there, the base's and those of the last LoRA, have three scores: `style` (0 is the base
 style, 1 is ink, both as the VAE shows them), `colour` and `subject` (the share of pictures that show what the prompt
-asks for). RUN/lora.safetensors has one: the mean squared error of the noise prediction on ink pictures that were not
-trained on, with the LoRA and without it on the same noise. `true` is what the same measures say of true pictures,
-`chance` what guessing would get.
+asks for). `style` is the mean of `lines` and `paper`; `lines_of_each` has the lines of every prompt.
+RUN/lora.safetensors has one: the mean squared error of the noise prediction on ink pictures that were not trained on,
+with the LoRA and without it on the same noise. `true` is what the same measures say of true pictures, `chance` what
+guessing would get.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from data.encoders import VAE, TextEncoders
 from data.models.files import Model, load
 from data.survey import image_digest
 from data.toy.draw import training_scenes
-from data.toy.measure import SubjectClassifier, colour_of, style_scores
+from data.toy.measure import SubjectClassifier, colour_of, lines_of_each, style_scores
 from data.toy.world import COLOURS, SIZE, SUBJECTS, caption, parse, random_scene, render
 from infer.report import write_report
 from lora import files
@@ -63,7 +64,7 @@ def through_vae(vae, images):
 
 
 def picture_scores(images, scenes, style, true, classify):
-    """{"style", "lines", "paper", "colour", "subject"} of pictures that should show `scenes` in `style`.
+    """{"style", "lines", "lines_worst", "paper", "colour", "subject"} of pictures that should show `scenes` in `style`.
 
     true: {"base": …, "ink": …}, true pictures of the same scenes; classify: a SubjectClassifier.
     """
@@ -126,6 +127,7 @@ def score(run):
         for name, row in (("base", 0), ("lora", -1))  # of several LoRAs the final one is the last
     }
     classify = SubjectClassifier()
+    lines = {name: lines_of_each(images, true["base"], true["ink"]) for name, images in pictures.items()}
     return {
         "base": picture_scores(pictures["base"], scenes, "base", true, classify),
         "lora": picture_scores(pictures["lora"], scenes, "ink", true, classify),
@@ -133,6 +135,10 @@ def score(run):
         "chance": {"style": 0.0, "colour": round(1 / len(COLOURS), 3), "subject": round(1 / len(SUBJECTS), 3)},
         "true": {style: picture_scores(true[style], scenes, style, true, classify) for style in ("base", "ink")},
         "prompts": len(prompts),
+        "lines_of_each": [
+            {"prompt": prompt, "base": round(base, 3), "lora": round(lora, 3)}
+            for prompt, base, lora in zip(prompts, lines["base"], lines["lora"])
+        ],
     }
 
 
@@ -154,8 +160,10 @@ def main(argv):
     path = run / "compare" / "scores.json"
     with disk.atomic_write(path, "w") as file:
         json.dump(scores, file, indent=1)
+    for each in scores["lines_of_each"]:
+        print(f"lines {each['lora']:.2f} {each['prompt']}")
     for name in ("base", "lora"):
-        shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "colour", "subject")]
+        shown = [f"{measure} {scores[name][measure]:.2f}" for measure in ("style", "lines", "colour", "subject")]
         print(name, *shown, f"held-out loss {scores['heldout_loss'][name]:.4f}")
     print(path)
     write_report(run)  # again, with the scores in it
