@@ -407,6 +407,12 @@ def test_a_signal_while_captions_are_encoded_keeps_those_that_are(
     assert content(run) == content(tmp_path / "whole")
 
 
+def catches(pid, signum):
+    with open(f"/proc/{pid}/status") as status:
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read())[1]
+    return int(caught, 16) >> (signum - 1) & 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(signum, fresh):
@@ -414,7 +420,8 @@ def test_ctrl_c_while_everything_is_still_being_imported_is_one_line(signum, fre
     moments = random.Random(3)
     for _ in range(12):
         process = start("train", "--output_dir", fresh, *TRAIN, "--max_train_steps", 1000)
-        time.sleep(moments.uniform(0.15, 1.5))
+        when(lambda: catches(process.pid, signal.SIGTERM), process)  # an interpreter that starts cannot answer yet
+        time.sleep(moments.uniform(0, 1.35))
         process.send_signal(signum)
         try:
             output, _ = process.communicate(timeout=20)

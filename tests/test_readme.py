@@ -199,4 +199,4 @@ def test_every_command_of_the_page_runs(checkout):
 
 def as_shape(text):
     """A text without what differs from run to run: its numbers, and which unit of time they are in."""
-    return re.sub(r"-?\d[\d.]*(e[+-]?\d+)?( seconds| minutes)?", "#", text)
+    return re.sub(r"-?\d[\d.]*(e[+-]?\d+)?( seconds?| minutes?)?", "#", text)
