@@ -42,6 +42,8 @@ mine.train      = --rank 32 --train_batch_size 1 --gradient_accumulation_steps 4
                   --learning_rate 1e-4 --lr_scheduler constant --use_8bit_adam --mixed_precision fp16 --seed 42
 mine.compare    = --prompt $(PROMPTS)
 
+$(if $(filter 1,$(words $(PRESET))),,$(error PRESET=$(PRESET): a preset's name or file has no spaces))
+
 # Presets of your own: PRESET=file.mk, a file that sets file.precompute, file.train and file.compare as above; or any
 # other name, with these variables on the command line.
 ifeq ($(suffix $(PRESET)),.mk)
@@ -55,7 +57,6 @@ export RUN CACHE PICTURES HUB
 
 # ---- Targets
 
-$(if $(filter 1,$(words $(PRESET))),,$(error PRESET=$(PRESET): a preset's name or file has no spaces))
 $(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, naruto, mine, and $(NAME).precompute is not set: \
   name a file of your own that ends in .mk, or set $(NAME).precompute, $(NAME).train and $(NAME).compare))
 
