@@ -16,8 +16,8 @@ toy.precompute = --pretrained_model_name_or_path data/toy/pipeline --train_data_
                  --validation_fraction 0.06
 toy.train      = --rank 32 --lora_layers attn-mlp $(toy.batch) --max_train_steps 300 --learning_rate 4e-3 --lr_scheduler cosine \
                  --lr_warmup_steps 20 --snr_gamma 1 --proportion_empty_prompts 0.1 --use_8bit_adam --mixed_precision no
-# A step's eight pictures, shared out where there are several GPUs.
-toy.batch      = $(if $(GPUS),--train_batch_size $(shell expr 8 / $(GPUS)) --gradient_accumulation_steps $(GPUS),$(toy.alone))
+# A step's eight pictures, shared out where there are 2, 4 or 8 GPUs; on another number of them train refuses.
+toy.batch      = $(if $(filter 2 4 8,$(GPUS)),--train_batch_size $(shell expr 8 / $(GPUS)) --gradient_accumulation_steps $(GPUS),$(toy.alone))
 toy.alone      = --train_batch_size 8 --gradient_accumulation_steps 1
 toy.compare    = --num_inference_steps 20 --guidance_scale 3 \
                  --prompt "a red fox in the forest" "an orange cat in the meadow" "a green frog on the sea" "a blue bird in the snow" \
@@ -42,6 +42,8 @@ mine.train      = --rank 32 --train_batch_size 1 --gradient_accumulation_steps 4
                   --learning_rate 1e-4 --lr_scheduler constant --use_8bit_adam --mixed_precision fp16 --seed 42
 mine.compare    = --prompt $(PROMPTS)
 
+$(if $(filter 1,$(words $(PRESET))),,$(error PRESET=$(PRESET): a preset's name or file has no spaces))
+
 # Presets of your own: PRESET=file.mk, a file that sets file.precompute, file.train and file.compare as above; or any
 # other name, with these variables on the command line.
 ifeq ($(suffix $(PRESET)),.mk)
@@ -55,7 +57,6 @@ export RUN CACHE PICTURES HUB
 
 # ---- Targets
 
-$(if $(filter 1,$(words $(PRESET))),,$(error PRESET=$(PRESET): a preset's name or file has no spaces))
 $(if $(value $(NAME).precompute),,$(error PRESET=$(PRESET) is none of toy, naruto, mine, and $(NAME).precompute is not set: \
   name a file of your own that ends in .mk, or set $(NAME).precompute, $(NAME).train and $(NAME).compare))
 

@@ -214,6 +214,7 @@ def test_a_preset_may_be_a_name_with_its_variables_or_a_file_and_others_are_name
     mine.write_text("dogs.precompute = $(SDXL)\ndogs.train = --rank 9\ndogs.compare = --prompt x\n")
     assert "--rank 9" in made("train", f"PRESET={mine}").stdout
     assert "stable-diffusion-xl-base-1.0" in made("precompute", f"PRESET={mine}").stdout
+    assert "my cats.mk: a preset's name or file has no spaces" in made("train", "PRESET=my cats.mk").stderr
     unknown = made("train", "PRESET=others")
     assert unknown.returncode and "PRESET=others is none of toy, naruto, mine" in unknown.stderr
     shipped = made("precompute", "train", "compare", "PRESET=mine").stdout

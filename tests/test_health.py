@@ -25,7 +25,7 @@ def test_a_loss_that_is_not_finite_stops(loss, fp16):
 
 def test_a_gradient_that_is_not_finite_stops_without_fp16():
     """Nothing would skip that step: NaN would be in the weights."""
-    with pytest.raises(NumbersError, match="the gradient is nan"):
+    with pytest.raises(NumbersError, match="the gradient is nan; try a lower --learning_rate"):
         health(False).check(0.1, math.nan)
 
 

@@ -293,7 +293,7 @@ def test_more_ranks_than_gpus(second_rank, monkeypatch):
 
 
 def test_make_starts_as_many_as_it_is_told(tmp_path):
-    """And the toy's step has its eight pictures on any number of them."""
+    """And the toy's step has its eight pictures on each number of them that divides eight; train refuses the others."""
     words = ["make", "-n", "precompute", "train", f"PYTHON={sys.executable}", f"RUN={tmp_path}"]
 
     def said(*more):
@@ -303,3 +303,4 @@ def test_make_starts_as_many_as_it_is_told(tmp_path):
 
     assert said() == (0, 8, 1) and said("GPUS=1") == (2, 8, 1)
     assert said("GPUS=2") == (2, 4, 2) and said("GPUS=8") == (2, 1, 8)
+    assert said("GPUS=3") == said("GPUS=16") == (2, 8, 1)  # a micro-step for each is what train wants at least

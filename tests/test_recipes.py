@@ -40,9 +40,9 @@ def fresh(cached, tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """tree(recipe) -> a copy of the code, without its .git and its pictures, that the recipe's diff was applied to."""
+    """tree(recipe, …) -> a copy of the code, without its .git and its pictures, that the diffs were applied to."""
 
-    def copy(name):
+    def copy(*names):
         folder = tmp_path / "tree"
         for part in ("data", "infer", "lora", "train"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("pipeline", "training", "*.webp"))
@@ -50,7 +50,8 @@ def tree(tmp_path):
             shutil.copy(ROOT / part, folder)
         # inside of another repository git would look for the files from that one's root on, and say nothing
         apart = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
-        subprocess.run(["git", "apply", RECIPES[name]], cwd=folder, env=apart, check=True)
+        for name in names:
+            subprocess.run(["git", "apply", RECIPES[name]], cwd=folder, env=apart, check=True)
         return folder
 
     return copy
@@ -113,6 +114,12 @@ def test_it_leaves_the_code_tidy(name, tree):
     folder = tree(name)
     for check in (("check",), ("format", "--check")):
         said(folder, sys.executable, "-m", "ruff", *check, "--no-cache", "-q", ".")
+
+
+@pytest.mark.parametrize("names", [list(RECIPES), list(reversed(RECIPES))], ids=["forth", "back"])
+def test_one_fits_after_the_others(names, tree):
+    """So whoever wants two of them can have both, whichever comes first."""
+    tree(*names)
 
 
 # ---- What they do

@@ -370,7 +370,8 @@ def test_the_toys_scores_come_onto_the_page_when_they_are_measured(tmp_path, mon
     assert "Scores" not in Page(compared(tmp_path)).text()
     scores = {name: dict(style=0.123, lines=0.5, colour=1.0, subject=1.0) for name in ("base", "lora")}
     scores["lines_of_each"] = [dict(prompt="a red fox", base=0.0, lora=0.5)]
-    monkeypatch.setattr(score, "score", lambda run: scores | {"heldout_loss": {"base": 0.6, "lora": 0.1}})
+    monkeypatch.setattr(score, "score", lambda *_: scores | {"heldout_loss": {"base": 0.6, "lora": 0.1}})
+    monkeypatch.setattr(score, "drawn", lambda run: ["something"])
     monkeypatch.setattr(score, "on_the_toys_pictures", lambda run: True)
     score.main([str(tmp_path)])
     assert "style0.1230.123" in Page(tmp_path / "compare" / "report.html").text()

@@ -22,11 +22,13 @@ from conftest import (
     lines,
     one_line_error,
     precompute,
+    settings,
     untitled,
     when,
 )
 
 from data.cache import INDEX, changed_facts, changed_rows
+from data.common.errors import UserError
 from train import same_run
 
 ONE_BATCH = ("--train_batch_size", 8, "--gradient_accumulation_steps", 1)
@@ -268,3 +270,17 @@ def test_restart_without_a_cache_moves_nothing(run, tmp_path, log):
     shutil.copytree(run.folder / "cache", folder / "cache")
     assert "rank 1000 is more than the widest" in refused(folder, log, "--rank", 1000, "--restart")[1]
     assert (folder / "state").exists() and not (folder / "earlier-1").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value", [("base_precision", "int3"), ("lora_layers", "every-other"), ("lora_layers", 7)]
+)
+def test_a_choice_that_only_another_version_has_is_refused(name, value, tmp_path):
+    """Of the flags that a run knows by itself: whoever goes on with it does not give them."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "000001.state").touch()
+    began = dict(cache_dir=None, identity={"network_weights": "0123456789abcdef", name: value})
+    (tmp_path / "run.json").write_text(json.dumps(began))
+    asked = settings("train", output_dir=str(tmp_path), network_weights="gone.safetensors")
+    with pytest.raises(UserError, match=rf"run\.json: {name} {value} is none of (attn|plain), "):
+        same_run.with_the_weights_facts(tmp_path, same_run.with_its_base(tmp_path, asked), [], 128)

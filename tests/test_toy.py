@@ -225,8 +225,9 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     from diffusers import UNet2DConditionModel
 
     from data.cache import INDEX, Rows, write_index
+    from data.common.disk import sha256_file
     from data.models.files import Model, load
-    from data.toy.score import held_out_scenes, score
+    from data.toy.score import drawn, held_out_scenes, score
     from lora.files import Origin, export
     from lora.inject import inject
 
@@ -242,14 +243,20 @@ def test_an_untrained_lora_scores_badly(tmp_path):
     Rows(tmp_path / "cache", "captions", (2,)).write(1, [([b"none"], np.zeros((1, 2)))])
     write_index(tmp_path / "cache", np.zeros(0, INDEX), np.zeros(0, "<i4"), [], facts)
     (tmp_path / "compare").mkdir()
-    rows = [{"pictures": [f"{name}_{i}.png" for i in range(len(PROMPTS))]} for name in ("baseline", "early", "last")]
-    rows[2]["pictures"].append("of no prompt that can be scored.png")
-    (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": PROMPTS, "rows": rows}))
+    prompts = [PROMPTS[0], "a city", *PROMPTS[1:]]  # not of the toy world
+    order = [0, "of no prompt that can be scored", *range(1, len(PROMPTS)), "nor this"]
+    of = {"baseline": None, "early": "another", "final": sha256_file(tmp_path / "lora.safetensors"), "last": "another"}
+    rows = [
+        dict(pictures=[f"{name}_{i}.png" for i in order], lora=sha and {"sha256": sha}, scale=float(name != "baseline"))
+        for name, sha in of.items()
+    ]
+    rows.insert(2, rows[2] | dict(pictures=[f"early_{i}.png" for i in order], scale=0.7))
+    (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": prompts, "rows": rows}))
     for i, prompt in enumerate(PROMPTS):
-        for name, style in (("baseline", "base"), ("early", "ink"), ("last", "base")):
+        for name, style in (("baseline", "base"), ("early", "ink"), ("final", "base")):
             render(parse(prompt), style, 50 + i).save(tmp_path / "compare" / f"{name}_{i}.png")
 
-    scores = score(tmp_path)
+    scores = score(tmp_path, drawn(tmp_path))
     assert scores["base"]["colour"] >= 0.9 and scores["base"]["subject"] >= 0.9 and abs(scores["base"]["style"]) < 0.2
     assert scores["lora"]["style"] == scores["base"]["style"]
     assert scores["heldout_loss"]["lora"] == scores["heldout_loss"]["base"] > 0
@@ -452,3 +459,27 @@ def test_pretraining_in_pieces_makes_a_pipeline(tmp_path):
     assert text.shape == (2, 77, 32)
     with tarfile.open(tmp_path / "pipeline.tar") as archive:
         assert "pipeline/unet/diffusion_pytorch_model.safetensors" in archive.getnames()
+
+
+@pytest.mark.slow
+def test_scores_come_without_what_libraries_say(tmp_path):
+    """The toy's vocabulary is a small one, which transformers would report at every encoder."""
+    code = "from data.toy import score as s; s.TextEncoders(s.Model('data/toy/pipeline'), 'no').load('cpu')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_only_the_toy_worlds_prompts_and_the_runs_own_lora_are_scored(tmp_path):
+    from data.toy.score import drawn
+
+    def draw_with(*shas):
+        rows = [dict(pictures=["b0", "b1"], lora=None, scale=0)]
+        rows += [dict(pictures=[f"{n}0", f"{n}1"], lora={"sha256": sha}, scale=1) for n, sha in enumerate(shas)]
+        (tmp_path / "compare" / "report.json").write_text(json.dumps({"prompts": ["a city", PROMPTS[0]], "rows": rows}))
+        return [(prompt, base.name, lora.name) for prompt, base, lora in drawn(tmp_path)]
+
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "lora.safetensors").touch()
+    own = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of no bytes
+    assert draw_with(own, "another") == [(PROMPTS[0], "b1", "01")]
+    assert draw_with("another") == []

@@ -29,7 +29,7 @@ class Health:
             raise NumbersError(f"the loss is {loss}")
         self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
         if self.overflows and not self.scaler.is_enabled():
-            raise NumbersError(f"the gradient is {grad_norm}")
+            raise NumbersError(f"the gradient is {grad_norm}; try a lower --learning_rate")
         if self.overflows == MOST_OVERFLOWS:
             raise NumbersError(
                 f"the gradient overflowed fp16 {MOST_OVERFLOWS} times in a row; "

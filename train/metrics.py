@@ -11,6 +11,7 @@ import time
 
 from data.common import safe, system
 from data.common.disk import atomic_write, naming
+from data.common.words import duration, many
 from data.progress import progress
 from train import curves, plot
 
@@ -57,8 +58,8 @@ class Metrics:
         self.bar.update()
         self.logged += 1
         if self.logged == 10 and step < self.steps:
-            minutes = (now - self.began) / 10 * (self.steps - step) / 60
-            self.bar.write(f"{self.steps - step:,} more steps will take about {minutes:,.1f} minutes")
+            left = self.steps - step
+            self.bar.write(f"{many(left, 'more step')} will take about {duration((now - self.began) / 10 * left)}")
 
     def show(self, step, pictures):
         """pictures: {name: PIL image}, drawn after `step` steps; {} where none were."""

@@ -28,6 +28,7 @@ MAY_CHANGE = {"output_dir", "cache_dir", "restart", "max_train_steps", "num_trai
 MAY_CHANGE |= {"validation_steps", "report_to", "push_to_hub", "hub_model_id", "private"}
 MAY_CHANGE |= {"vram_gib", "gradient_checkpointing", "compile", "no_cuda_graph"}
 DEFAULTS = {flag.name: flag.default for flag in fields(Train)} | dict(base_precision="plain")
+CHOICES = {flag.name: flag.metadata["choices"] for flag in fields(Train)}
 DIGESTS = {  # of the identity, and what another one means
     "unet": "another UNet",
     "scheduler": "another noise schedule or prediction type",
@@ -94,7 +95,8 @@ def with_the_weights_facts(run, settings, argv, text_width):
         return settings
     there = _there(run, settings.restart) or {}
     if there.get("network_weights") and not Path(path).exists():
-        facts = {name: there.get(name) for name in ("rank", "lora_alpha", "lora_layers")}
+        facts = {name: there.get(name) for name in ("rank", "lora_alpha")}
+        facts["lora_layers"] = _known(run, "lora_layers", there.get("lora_layers"))
     elif Path(path).resolve().parent == Path(run).resolve():
         raise UserError(f"--network_weights {path}: this run writes files beside it; copy it to another folder first")
     else:
@@ -116,7 +118,17 @@ def with_its_base(run, settings):
     there = _there(run, settings.restart)
     if settings.base_precision or there is None:
         return settings
-    return replace(settings, base_precision=(DEFAULTS | there)["base_precision"])
+    return replace(settings, base_precision=_known(run, "base_precision", (DEFAULTS | there)["base_precision"]))
+
+
+def _known(run, name, value):
+    """-> what RUN/run.json says for a flag with choices. Raises UserError when this version lacks that choice."""
+    if value not in CHOICES[name]:
+        raise UserError(
+            f"{run / 'run.json'}: {name} {value} is none of {', '.join(CHOICES[name])}; go on with the version that "
+            "began this run, or use another --output_dir"
+        )
+    return value
 
 
 def check_same(run, there, here):

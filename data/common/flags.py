@@ -31,11 +31,11 @@ MOST = 10**9  # of whole numbers that nothing else bounds: a slipped key must no
 FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least and the largest that is computed with
 DASHES = "‐‑‒–—―−－"  # what editors, chats and web pages make of - and --
 PRECISIONS = ("no", "fp16", "bf16")
-PREDICTIONS = ("epsilon", "v_prediction")
 BASES = ("plain", "nf4")  # plain, and what data/models/packed.py's FORMATS has
-LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
+PREDICTIONS = ("epsilon", "v_prediction")
 TRACKERS = ("tensorboard", "wandb")  # their packages' names; what train/trackers.py's KINDS has
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LAYERS = ("attn", "attn-mlp")  # what lora/inject.py's TARGETS has
 
 
 @dataclass(frozen=True)

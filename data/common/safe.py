@@ -24,8 +24,7 @@ OUT_OF_MEMORY = {
 
 def run(main, argv):
     """Run a command's `main(argv)` and end the process with the exit code of its outcome."""
-    for library in LIBRARIES:  # they report what nothing here uses, and what is said here in a line
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    quiet()
     ranks.see_own_gpu()
     system.share_the_cores()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -55,6 +54,15 @@ def run(main, argv):
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def quiet():
+    """Let libraries that are not imported yet report errors only.
+
+    What else they report is of what nothing here uses, or is said here in a line.
+    """
+    for library in LIBRARIES:
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _report(stderr, message, code):

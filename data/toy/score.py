@@ -1,8 +1,10 @@
 """python -m data.toy.score RUN: what the LoRA learned, in numbers -> RUN/compare/scores.json.
 
-The pictures of the prompts there, the base's and those of the last LoRA, have three scores: `style` (0 is the base
-style, 1 is ink, both as the VAE shows them), `colour` and `subject` (the share of pictures that show what the prompt
-asks for). `style` is the mean of `lines` and `paper`; `lines_of_each` has the lines of every prompt.
+The pictures there of the toy world's prompts, the base's and those of RUN/lora.safetensors at strength 1, have three
+scores: `style` (0 is the base style, 1 is ink, both as the VAE shows them), `colour` and `subject` (the share of
+pictures that show what the prompt asks for). `style` is the mean of `lines` and `paper`; `lines_of_each` has the lines
+of every prompt.
+
 RUN/lora.safetensors has one: the mean squared error of the noise prediction on ink pictures that were not trained on,
 with the LoRA and without it on the same noise. `true` is what the same measures say of true pictures, `chance` what
 guessing would get.
@@ -18,13 +20,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.common import safe
 from data.common.imports import lean
 
 with lean():
+    safe.quiet()
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from data.cache import cache_folder, read_index, read_manifest
-from data.common import disk, errors, safe
+from data.common import disk, errors
 from data.encoders import VAE, TextEncoders
 from data.models.files import Model, load
 from data.survey import image_digest
@@ -103,17 +107,33 @@ def held_out_loss(run, model, vae_model, scaling_factor):
     return losses
 
 
-def score(run):
-    """All scores of a run that was trained and compared. -> dict, as scores.json holds it."""
+def drawn(run):
+    """[(prompt, the base's picture, the LoRA's)], paths, of what can be scored in RUN/compare."""
     folder = run / "compare"
     if not (folder / "report.json").exists():
         raise errors.UserError(f"{folder / 'report.json'}: not there; run python -m infer --output_dir {run} first")
-    report = json.loads((folder / "report.json").read_text())
-    prompts = report["prompts"]
+    report, digest = json.loads((folder / "report.json").read_text()), disk.sha256_file(run / "lora.safetensors")
+    base, *others = report["rows"]
+    of_the_run = [row["pictures"] for row in others if row["lora"]["sha256"] == digest and row["scale"] == 1]
+    if not of_the_run:
+        return []
+    rows = zip(report["prompts"], base["pictures"], of_the_run[0])  # behind these are those of --unrelated_prompt
+    return [(prompt, folder / base, folder / lora) for prompt, base, lora in rows if in_the_world(prompt)]
+
+
+def in_the_world(prompt):
+    """Whether the toy world has what a prompt asks for, so that its picture can be scored."""
     try:
-        scenes = [parse(prompt) for prompt in prompts]
-    except ValueError as error:
-        raise errors.UserError(f"{folder / 'report.json'}: {error}; only its prompts can be scored") from None
+        parse(prompt)
+    except ValueError:
+        return False
+    return True
+
+
+def score(run, drawn):
+    """All scores of a run that was trained and compared. drawn: as above. -> dict, as scores.json holds it."""
+    prompts = [prompt for prompt, _, _ in drawn]
+    scenes = [parse(prompt) for prompt in prompts]
     manifest = read_manifest(cache_folder(run))
     model, vae_model = Model(**manifest["model"]), Model(**manifest["vae"])
 
@@ -123,8 +143,7 @@ def score(run):
         for style in ("base", "ink")
     }
     pictures = {
-        name: [Image.open(folder / path).convert("RGB") for path in report["rows"][row]["pictures"][: len(scenes)]]
-        for name, row in (("base", 0), ("lora", -1))  # of several LoRAs the final one is the last
+        name: [Image.open(row[column]).convert("RGB") for row in drawn] for name, column in (("base", 1), ("lora", 2))
     }
     classify = SubjectClassifier()
     lines = {name: lines_of_each(images, true["base"], true["ink"]) for name, images in pictures.items()}
@@ -156,7 +175,14 @@ def main(argv):
     if not on_the_toys_pictures(run):
         print(f"{run}: not trained on the toy's own pictures, so there is nothing to score")
         return
-    scores = score(run)
+    to_score = drawn(run)
+    if not to_score:
+        print(  # pictures of something else are no fault
+            f"{run / 'compare'}: no prompt of the toy world is drawn there with this run's LoRA at strength 1, so "
+            "there is nothing to score"
+        )
+        return
+    scores = score(run, to_score)
     path = run / "compare" / "scores.json"
     with disk.atomic_write(path, "w") as file:
         json.dump(scores, file, indent=1)
