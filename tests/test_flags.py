@@ -9,7 +9,7 @@ from conftest import ROOT, one_line_error
 from conftest import command as run_command
 
 from data.common.errors import UserError
-from data.common.flags import COMMANDS, parse, spelled
+from data.common.flags import COMMANDS, KOHYA, parse, spelled
 
 NEEDED = {
     "data.precompute": ["--output_dir", "x", "--pretrained_model_name_or_path", "y"],
@@ -214,8 +214,14 @@ TYPED = [
     ("train", "--batch_size", "--train_batch_size"),
     ("data.precompute", "--resoluton", "--resolution"),
     ("infer", "--prompts", "--prompt"),
+    ("train", "--network_dim", "--rank"),  # as kohya's users call it, which no spelling is near to
     ("infer", "--resoluton", "--resolution"),  # the nearest is another command's, which the next try says
 ]
+
+
+def test_what_kohyas_users_type_means_flags_that_are_there():
+    ours = {f.name for kind in COMMANDS.values() for f in fields(kind)}
+    assert set(KOHYA.values()) <= ours and not KOHYA.keys() & ours
 
 
 @pytest.mark.parametrize("command, typed, meant", TYPED)

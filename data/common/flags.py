@@ -416,13 +416,26 @@ def _nearest(name, names):
     return next(iter(difflib.get_close_matches(name.replace("-", "_"), names, 1, cutoff=0.7)), None)
 
 
+KOHYA = {  # what its users type: what is meant here
+    "network_dim": "rank",
+    "network_alpha": "lora_alpha",
+    "min_snr_gamma": "snr_gamma",
+    "max_train_epochs": "num_train_epochs",
+    "enable_bucket": "buckets",
+    "flip_aug": "random_flip",
+    "vae": "pretrained_vae_model_name_or_path",
+    "v_parameterization": "prediction_type",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+}
+
+
 def _unknown(command, word):
     word = "hf_…" if word.startswith("hf_") else word  # a token that slipped in is not printed
     name = word.lstrip("-")
     owner = next((other for other in COMMANDS if word in {f"--{name}" for name in _names(other)}), None)
     if owner:
         return f"{word} is a flag of python -m {owner}, not of python -m {command}"
-    meant = _nearest(name, _names(command)) or _nearest(name, _names(*COMMANDS))
+    meant = KOHYA.get(name) or _nearest(name, _names(command)) or _nearest(name, _names(*COMMANDS))
     return f"{word}: no such flag of python -m {command}; {f'did you mean --{meant}?' if meant else 'see --help'}"
 
 
