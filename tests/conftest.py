@@ -23,6 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is wrong
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"  # where a test wants two
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What `make test` was given is not for the makes that tests start.
+for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "ARGS"):
+    os.environ.pop(name, None)
 gc.disable()  # until all tests are there, for it would look through all that is imported again and again
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which every command here would inherit
 _datasets = tempfile.TemporaryDirectory()  # goes when the session does
